@@ -1,0 +1,74 @@
+"""What an objective returns and what it says about itself."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+Unit = Literal["tokens", "sequences", "pairs"]
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """An objective's result, unreduced.
+
+    Args:
+        values: (units,) in the objective's own scale (nats for log-likelihoods), with gradient.
+        metrics: name -> (units,) or scalar tensor, detached; averaged over the units by the trainer.
+        weight: (units,), detached and >= 0. The trainer's denominator is its sum over the whole optimizer step and all
+            ranks; where it is None, the denominator is the number of units.
+    """
+
+    values: Float[Tensor, " units"]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    weight: Float[Tensor, " units"] | None = None
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What the trainer and ``posttrain show`` read off an objective besides its signature.
+
+    Args:
+        unit: what one value stands for, and so what the denominator counts.
+        formula: one line of plain text.
+        paper: identifier and equation, such as ``arXiv:2305.18290 Eq. 7``.
+        token_local: a value depends on its own token alone and ``weight`` is known before the forward, so the
+            gradient may be formed during the forward.
+        model_weight: ``weight`` depends on the model; the trainer then counts before the first backward of a step.
+        prepare: function of detached statistics of the whole step and all ranks (positional names) and of the
+            objective's hyper-parameters (keyword-only) that returns named tensors; they bind like statistics.
+        prepare_if: hyper-parameters -> whether ``prepare`` is needed at all; None means always.
+    """
+
+    unit: Unit
+    formula: str
+    paper: str
+    token_local: bool = False
+    model_weight: bool = False
+    prepare: Callable[..., dict[str, Tensor]] | None = None
+    prepare_if: Callable[[Mapping[str, Any]], bool] | None = None
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def declare(
+    *,
+    unit: Unit,
+    formula: str,
+    paper: str,
+    token_local: bool = False,
+    model_weight: bool = False,
+    prepare: Callable[..., dict[str, Tensor]] | None = None,
+    prepare_if: Callable[[Mapping[str, Any]], bool] | None = None,
+) -> Callable[[Function], Function]:
+    """Attach a `Declaration` to an objective as ``function.declaration``; the function itself stays as it is."""
+    declaration = Declaration(unit, formula, paper, token_local, model_weight, prepare, prepare_if)
+
+    def attach(function: Function) -> Function:
+        function.declaration = declaration  # type: ignore[attr-defined]
+        return function
+
+    return attach
