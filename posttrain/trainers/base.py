@@ -1,0 +1,247 @@
+"""The shared way from a micro-batch to a loss: statistics -> objective -> reduction -> metrics."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput
+
+from posttrain.binding import Side, wanted_groups
+from posttrain.modeling import StatisticsGroup, VocabRequest, check_head
+from posttrain.objectives import Loss
+from posttrain.reduction import StepCounts, divide, weighted_sum
+from posttrain.terms import KernelOptions, Term
+from posttrain.trainers.coupling import Computed, bind_term, detached, preserved_random_state, resolve
+from posttrain.trainers.metrics import MetricSums
+
+LOGGED = ("logp", "entropy", "is_top1")
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; training stops and every checkpoint already written stays."""
+
+
+class ObjectiveMixin:
+    """Goes before a TRL trainer in the bases; that trainer keeps data preparation, PEFT set-up and saving.
+
+    The loss of a step is the sum over terms of ``weight * sum(values) / denominator``, the denominator counted over
+    the step's micro-batches and all ranks, so that the gradient does not depend on how the step was split.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def _start_objective(self, terms: Sequence[Term]) -> None:
+        self.terms = tuple(terms)
+        self._groups = wanted_groups(self.terms, LOGGED)
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._evaluated: list[tuple[Computed, Side]] | None = None
+        self._head_checked = False
+        self._clock, self._clock_tokens, self._all_tokens = time.perf_counter(), 0, 0
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepCounts:
+        """Count each unit over the step's micro-batches and all ranks, before the step's first forward."""
+        sizes = [batch["side"].sizes for batch in batch_samples]
+        local = torch.tensor([sum(size[unit] for size in sizes) for unit in ("tokens", "sequences")], device=device)
+        tokens, sequences = self.accelerator.reduce(local, "sum")  # type: ignore[attr-defined]
+        return StepCounts({"tokens": tokens, "sequences": sequences}, batch_samples)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: StepCounts | None = None,
+    ) -> Any:
+        """One micro-batch's share of the step's loss.
+
+        Raises:
+            NonFiniteLossError: names the step, the rows of the data and the offending objective.
+        """
+        counts = num_items_in_batch
+        if not isinstance(counts, StepCounts):
+            counts = self._get_num_items_in_batch([inputs], inputs["input_ids"].device)
+        self._check_head_once(model, inputs)
+        if self._coupled and not counts.resolved and len(counts.batches) > 1:
+            self._count_step(model, counts)
+        computed, side, outputs = self._statistics(model, inputs)
+        if self._coupled and not counts.resolved:
+            resolve(counts, self.terms, [(detached(computed), side)], self.accelerator)  # type: ignore[attr-defined]
+        loss = self._reduce(counts, computed, side, self._sums["train"])
+        # DDP, FSDP and ZeRO average gradients over ranks, and the denominators already count all of them
+        loss = loss * self.accelerator.num_processes  # type: ignore[attr-defined]
+        loss = loss + self._auxiliary(outputs, len(counts.batches), "train")
+        self._log_tokens(computed, side, self._sums["train"])
+        self._clock_tokens += side.num_tokens
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _coupled(self) -> bool:
+        return any(term.needs_whole_step for term in self.terms)
+
+    def _statistics(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Computed, Side, Any]:
+        """Run the wrapped model's forward; the kernel runs inside it, where sharded parameters can be read."""
+        side: Side = inputs["side"]
+        model_inputs = {key: value for key, value in inputs.items() if key not in ("side", "labels")}
+        groups = tuple(
+            StatisticsGroup(
+                wanted=wanted,
+                temperature=options.temperature,
+                k=options.k,
+                jsd_beta=options.jsd_beta,
+                ids=side.token_columns.get("teacher_ids") if "ids_logp" in wanted else None,
+            )
+            for options, wanted in self._groups.items()
+        )
+        request = VocabRequest(
+            target_index=side.target_index,
+            targets=side.targets,
+            groups=groups,
+            teacher=self._teacher_states(model_inputs, side),
+        )
+        outputs = model(**model_inputs, vocab_request=request)
+        computed = {
+            options: {name: statistics[name] for name in self._groups[options]}
+            for options, statistics in zip(self._groups, outputs.statistics, strict=True)
+        }
+        return computed, side, outputs
+
+    def _teacher_states(self, model_inputs: dict[str, Any], side: Side) -> Any:
+        return None
+
+    def _count_step(self, model: nn.Module, counts: StepCounts) -> None:
+        """A no-gradient pass over the step's micro-batches, drawing the random numbers that the real pass will draw."""
+        batches: list[tuple[Computed, Side]] = []
+        device = self.accelerator.device  # type: ignore[attr-defined]
+        with torch.no_grad(), preserved_random_state(device):
+            for batch in counts.batches:
+                computed, side, _ = self._statistics(model, self._prepare_inputs(batch))  # type: ignore[attr-defined]
+                batches.append((computed, side))
+        resolve(counts, self.terms, batches, self.accelerator)  # type: ignore[attr-defined]
+
+    def _reduce(self, counts: StepCounts, computed: Computed, side: Side, sums: MetricSums) -> Tensor:
+        total: Tensor | None = None
+        for index, term in enumerate(self.terms):
+            loss = term(bind_term(term, computed, side, counts.prepared.get(index, {})))
+            self._check_units(term, loss, side)
+            denominator = counts.denominators.get(index, counts.units[term.declaration.unit])
+            share = term.weight * divide(weighted_sum(loss.values, loss.weight), denominator)
+            self._check_finite(term, share, side)
+            total = share if total is None else total + share
+            for name, values in loss.metrics.items():
+                sums.add(f"{term.name}/{name}", values)
+            if len(self.terms) > 1:
+                sums.add(f"{term.name}/loss", loss.values, loss.weight)
+        assert total is not None
+        return total
+
+    def _check_units(self, term: Term, loss: Loss, side: Side) -> None:
+        expected = side.sizes[term.declaration.unit]
+        if loss.values.shape[0] != expected:
+            raise ValueError(
+                f"objective {term.name!r} declares the unit {term.declaration.unit} and returned "
+                f"{loss.values.shape[0]} values for {expected} of them; return one value each."
+            )
+
+    def _check_finite(self, term: Term, share: Tensor, side: Side) -> None:
+        if torch.isfinite(share.detach()):
+            return
+        rows = sorted(set(side.row_number.tolist()))
+        raise NonFiniteLossError(
+            f"objective {term.name!r} gave the loss {share.item()} at step {self.state.global_step} on rows "  # type: ignore[attr-defined]
+            f"{rows} of the training data; checkpoints already written are kept, so lower trainer.learning_rate or look "
+            "at those rows and go on from the last one."
+        )
+
+    def _auxiliary(self, outputs: Any, accumulation_steps: int, mode: str) -> Tensor | float:
+        """The weighted load-balancing loss of a mixture of experts: a mean over micro-batches, like TRL's."""
+        if not getattr(self, "aux_loss_enabled", False):
+            return 0.0
+        self._sums[mode].add("aux_loss", outputs.aux_loss)
+        return self.router_aux_loss_coef * outputs.aux_loss / accumulation_steps  # type: ignore[attr-defined]
+
+    def _log_tokens(self, computed: Computed, side: Side, sums: MetricSums) -> None:
+        default = computed[KernelOptions()]
+        sums.add("entropy", default["entropy"])
+        sums.add("mean_token_accuracy", default["is_top1"])
+        sums.add("mean_target_probability", default["logp"].detach().exp())
+
+    def _check_head_once(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Contract: what the kernels read as the head must give the model's own logits, or nothing is trained."""
+        if self._head_checked:
+            return
+        self._head_checked = True
+        with preserved_random_state(self.accelerator.device):  # type: ignore[attr-defined]
+            check_head(model, inputs["input_ids"][:1, :8])
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Collect the statistics of an evaluation batch; `evaluation_loop` reduces them over the whole set."""
+        inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        logits = labels = None
+        with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            self._check_head_once(model, inputs)
+            computed, side, outputs = self._statistics(model, inputs)
+            self._auxiliary(outputs, 1, "eval")
+            if not prediction_loss_only:
+                plain = {key: value for key, value in inputs.items() if key not in ("side", "labels")}
+                logits, labels = model(**plain).logits, inputs.get("labels")
+        if self._evaluated is not None:
+            self._evaluated.append(self._without_repeats(computed, side))
+        return torch.zeros((), device=inputs["input_ids"].device), logits, labels
+
+    def _without_repeats(self, computed: Computed, side: Side) -> tuple[Computed, Side]:
+        """Leave out the rows with which accelerate fills the last batch so that every rank has one."""
+        state = self.accelerator.gradient_state  # type: ignore[attr-defined]
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return computed, side
+        real = state.remainder - self.accelerator.process_index * side.rows  # type: ignore[attr-defined]
+        if real >= side.rows:
+            return computed, side
+        side, tokens = side.first_rows(max(real, 0))
+        kept = {options: {name: values[tokens] for name, values in group.items()} for options, group in computed.items()}
+        return kept, side
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """TRL's loop, with the loss and metrics as sums over the whole set divided by its counts."""
+        started = time.perf_counter()
+        self._evaluated = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        batches, self._evaluated = self._evaluated, None
+        sums = self._sums["eval"]
+        local = [sum(side.sizes[unit] for _, side in batches) for unit in ("tokens", "sequences")]
+        device = self.accelerator.device  # type: ignore[attr-defined]
+        tokens, sequences = self.accelerator.reduce(torch.tensor(local, device=device), "sum")  # type: ignore[attr-defined]
+        counts = StepCounts({"tokens": tokens, "sequences": sequences})
+        resolve(counts, self.terms, batches, self.accelerator)  # type: ignore[attr-defined]
+        loss = torch.zeros((), device=device)
+        for computed, side in batches:
+            loss = loss + self._reduce(counts, computed, side, sums)
+            self._log_tokens(computed, side, sums)
+        loss = self.accelerator.reduce(loss, "sum").item()  # type: ignore[attr-defined]
+        metrics = sums.reduce(self.accelerator)  # type: ignore[attr-defined]
+        if "aux_loss" in metrics:
+            loss += self.router_aux_loss_coef * metrics["aux_loss"]  # type: ignore[attr-defined]
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        self._clock += time.perf_counter() - started
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last log, reduced over micro-batches and ranks."""
+        if self.model.training and "loss" in logs:  # type: ignore[attr-defined]
+            logs.update(self._sums["train"].reduce(self.accelerator))  # type: ignore[attr-defined]
+            tokens = torch.tensor(self._clock_tokens, device=self.accelerator.device)  # type: ignore[attr-defined]
+            total = self.accelerator.reduce(tokens, "sum").item()  # type: ignore[attr-defined]
+            now = time.perf_counter()
+            self._all_tokens += total
+            logs["num_tokens"] = self._all_tokens
+            logs["tokens_per_second"] = total / max(now - self._clock, 1e-9)
+            self._clock, self._clock_tokens = now, 0
+        super().log(logs, start_time)  # type: ignore[misc]
