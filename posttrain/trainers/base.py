@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,11 @@ from posttrain.terms import KernelOptions, Term
 from posttrain.trainers.coupling import Computed, bind_term, detached, preserved_random_state, resolve
 from posttrain.trainers.metrics import MetricSums
 
+if TYPE_CHECKING:
+    from transformers import Trainer as Host
+else:
+    Host = object
+
 LOGGED = ("logp", "entropy", "is_top1")
 
 
@@ -23,7 +28,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; training stops and every checkpoint already written stays."""
 
 
-class ObjectiveMixin:
+class ObjectiveMixin(Host):
     """Goes before a TRL trainer in the bases; that trainer keeps data preparation, PEFT set-up and saving.
 
     The loss of a step is the sum over terms of ``weight * sum(values) / denominator``, the denominator counted over
@@ -31,6 +36,8 @@ class ObjectiveMixin:
     """
 
     loss_is_scaled_for_ga = True
+    aux_loss_enabled: bool = False
+    router_aux_loss_coef: float = 0.0
 
     def _start_objective(self, terms: Sequence[Term]) -> None:
         self.terms = tuple(terms)
@@ -44,7 +51,7 @@ class ObjectiveMixin:
         """Count each unit over the step's micro-batches and all ranks, before the step's first forward."""
         sizes = [batch["side"].sizes for batch in batch_samples]
         local = torch.tensor([sum(size[unit] for size in sizes) for unit in ("tokens", "sequences")], device=device)
-        tokens, sequences = self.accelerator.reduce(local, "sum")  # type: ignore[attr-defined]
+        tokens, sequences = self.accelerator.reduce(local, "sum")
         return StepCounts({"tokens": tokens, "sequences": sequences}, batch_samples)
 
     def compute_loss(
@@ -67,10 +74,11 @@ class ObjectiveMixin:
             self._count_step(model, counts)
         computed, side, outputs = self._statistics(model, inputs)
         if self._coupled and not counts.resolved:
-            resolve(counts, self.terms, [(detached(computed), side)], self.accelerator)  # type: ignore[attr-defined]
-        loss = self._reduce(counts, computed, side, self._sums["train"])
+            resolve(counts, self.terms, [(detached(computed), side)], self.accelerator)
+        shares = self._reduce(counts, computed, side, self._sums["train"])
+        self._check_finite(shares, side)
         # DDP, FSDP and ZeRO average gradients over ranks, and the denominators already count all of them
-        loss = loss * self.accelerator.num_processes  # type: ignore[attr-defined]
+        loss = torch.stack(shares).sum() * self.accelerator.num_processes
         loss = loss + self._auxiliary(outputs, len(counts.batches), "train")
         self._log_tokens(computed, side, self._sums["train"])
         self._clock_tokens += side.num_tokens
@@ -113,28 +121,26 @@ class ObjectiveMixin:
     def _count_step(self, model: nn.Module, counts: StepCounts) -> None:
         """A no-gradient pass over the step's micro-batches, drawing the random numbers that the real pass will draw."""
         batches: list[tuple[Computed, Side]] = []
-        device = self.accelerator.device  # type: ignore[attr-defined]
+        device = self.accelerator.device
         with torch.no_grad(), preserved_random_state(device):
             for batch in counts.batches:
-                computed, side, _ = self._statistics(model, self._prepare_inputs(batch))  # type: ignore[attr-defined]
+                computed, side, _ = self._statistics(model, self._prepare_inputs(batch))
                 batches.append((computed, side))
-        resolve(counts, self.terms, batches, self.accelerator)  # type: ignore[attr-defined]
+        resolve(counts, self.terms, batches, self.accelerator)
 
-    def _reduce(self, counts: StepCounts, computed: Computed, side: Side, sums: MetricSums) -> Tensor:
-        total: Tensor | None = None
+    def _reduce(self, counts: StepCounts, computed: Computed, side: Side, sums: MetricSums) -> list[Tensor]:
+        """Each term's weighted share of the step's loss."""
+        shares: list[Tensor] = []
         for index, term in enumerate(self.terms):
             loss = term(bind_term(term, computed, side, counts.prepared.get(index, {})))
             self._check_units(term, loss, side)
             denominator = counts.denominators.get(index, counts.units[term.declaration.unit])
-            share = term.weight * divide(weighted_sum(loss.values, loss.weight), denominator)
-            self._check_finite(term, share, side)
-            total = share if total is None else total + share
+            shares.append(term.weight * divide(weighted_sum(loss.values, loss.weight), denominator))
             for name, values in loss.metrics.items():
                 sums.add(f"{term.name}/{name}", values)
             if len(self.terms) > 1:
                 sums.add(f"{term.name}/loss", loss.values, loss.weight)
-        assert total is not None
-        return total
+        return shares
 
     def _check_units(self, term: Term, loss: Loss, side: Side) -> None:
         expected = side.sizes[term.declaration.unit]
@@ -144,22 +150,23 @@ class ObjectiveMixin:
                 f"{loss.values.shape[0]} values for {expected} of them; return one value each."
             )
 
-    def _check_finite(self, term: Term, share: Tensor, side: Side) -> None:
-        if torch.isfinite(share.detach()):
+    def _check_finite(self, shares: Sequence[Tensor], side: Side) -> None:
+        """One look at the device per forward, and only on failure a second one for the message."""
+        if torch.isfinite(torch.stack([share.detach() for share in shares])).all():
             return
-        rows = sorted(set(side.row_number.tolist()))
+        term, share = next(pair for pair in zip(self.terms, shares, strict=True) if not torch.isfinite(pair[1]))
         raise NonFiniteLossError(
-            f"objective {term.name!r} gave the loss {share.item()} at step {self.state.global_step} on rows "  # type: ignore[attr-defined]
-            f"{rows} of the training data; checkpoints already written are kept, so lower trainer.learning_rate or look "
-            "at those rows and go on from the last one."
+            f"objective {term.name!r} gave the loss {share.item()} at step {self.state.global_step} on rows "
+            f"{sorted(set(side.row_number.tolist()))} of the training data; checkpoints already written are kept: look "
+            "at those rows or lower trainer.learning_rate, and go on from the last checkpoint."
         )
 
     def _auxiliary(self, outputs: Any, accumulation_steps: int, mode: str) -> Tensor | float:
         """The weighted load-balancing loss of a mixture of experts: a mean over micro-batches, like TRL's."""
-        if not getattr(self, "aux_loss_enabled", False):
+        if not self.aux_loss_enabled:
             return 0.0
         self._sums[mode].add("aux_loss", outputs.aux_loss)
-        return self.router_aux_loss_coef * outputs.aux_loss / accumulation_steps  # type: ignore[attr-defined]
+        return self.router_aux_loss_coef * outputs.aux_loss / accumulation_steps
 
     def _log_tokens(self, computed: Computed, side: Side, sums: MetricSums) -> None:
         default = computed[KernelOptions()]
@@ -172,7 +179,7 @@ class ObjectiveMixin:
         if self._head_checked:
             return
         self._head_checked = True
-        with preserved_random_state(self.accelerator.device):  # type: ignore[attr-defined]
+        with preserved_random_state(self.accelerator.device):
             check_head(model, inputs["input_ids"][:1, :8])
 
     def prediction_step(
@@ -183,9 +190,9 @@ class ObjectiveMixin:
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Collect the statistics of an evaluation batch; `evaluation_loop` reduces them over the whole set."""
-        inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        inputs = self._prepare_inputs(inputs)
         logits = labels = None
-        with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
+        with torch.no_grad(), self.compute_loss_context_manager():
             self._check_head_once(model, inputs)
             computed, side, outputs = self._statistics(model, inputs)
             self._auxiliary(outputs, 1, "eval")
@@ -198,10 +205,10 @@ class ObjectiveMixin:
 
     def _without_repeats(self, computed: Computed, side: Side) -> tuple[Computed, Side]:
         """Leave out the rows with which accelerate fills the last batch so that every rank has one."""
-        state = self.accelerator.gradient_state  # type: ignore[attr-defined]
+        state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return computed, side
-        real = state.remainder - self.accelerator.process_index * side.rows  # type: ignore[attr-defined]
+        real = state.remainder - self.accelerator.process_index * side.rows
         if real >= side.rows:
             return computed, side
         side, tokens = side.first_rows(max(real, 0))
@@ -212,22 +219,22 @@ class ObjectiveMixin:
         """TRL's loop, with the loss and metrics as sums over the whole set divided by its counts."""
         started = time.perf_counter()
         self._evaluated = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         batches, self._evaluated = self._evaluated, None
         sums = self._sums["eval"]
         local = [sum(side.sizes[unit] for _, side in batches) for unit in ("tokens", "sequences")]
-        device = self.accelerator.device  # type: ignore[attr-defined]
-        tokens, sequences = self.accelerator.reduce(torch.tensor(local, device=device), "sum")  # type: ignore[attr-defined]
+        device = self.accelerator.device
+        tokens, sequences = self.accelerator.reduce(torch.tensor(local, device=device), "sum")
         counts = StepCounts({"tokens": tokens, "sequences": sequences})
-        resolve(counts, self.terms, batches, self.accelerator)  # type: ignore[attr-defined]
+        resolve(counts, self.terms, batches, self.accelerator)
         loss = torch.zeros((), device=device)
         for computed, side in batches:
-            loss = loss + self._reduce(counts, computed, side, sums)
+            loss = loss + torch.stack(self._reduce(counts, computed, side, sums)).sum()
             self._log_tokens(computed, side, sums)
-        loss = self.accelerator.reduce(loss, "sum").item()  # type: ignore[attr-defined]
-        metrics = sums.reduce(self.accelerator)  # type: ignore[attr-defined]
+        loss = self.accelerator.reduce(loss, "sum").item()
+        metrics = sums.reduce(self.accelerator)
         if "aux_loss" in metrics:
-            loss += self.router_aux_loss_coef * metrics["aux_loss"]  # type: ignore[attr-defined]
+            loss += self.router_aux_loss_coef * metrics["aux_loss"]
         output.metrics[f"{metric_key_prefix}_loss"] = loss
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         self._clock += time.perf_counter() - started
@@ -235,13 +242,13 @@ class ObjectiveMixin:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log, reduced over micro-batches and ranks."""
-        if self.model.training and "loss" in logs:  # type: ignore[attr-defined]
-            logs.update(self._sums["train"].reduce(self.accelerator))  # type: ignore[attr-defined]
-            tokens = torch.tensor(self._clock_tokens, device=self.accelerator.device)  # type: ignore[attr-defined]
-            total = self.accelerator.reduce(tokens, "sum").item()  # type: ignore[attr-defined]
+        if self.model.training and "loss" in logs:
+            logs.update(self._sums["train"].reduce(self.accelerator))
+            tokens = torch.tensor(self._clock_tokens, device=self.accelerator.device)
+            total = self.accelerator.reduce(tokens, "sum").item()
             now = time.perf_counter()
             self._all_tokens += total
             logs["num_tokens"] = self._all_tokens
             logs["tokens_per_second"] = total / max(now - self._clock, 1e-9)
             self._clock, self._clock_tokens = now, 0
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)

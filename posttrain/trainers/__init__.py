@@ -1,0 +1,6 @@
+"""Trainers: TRL's, with the loss replaced by objectives over named statistics."""
+
+from posttrain.trainers.base import NonFiniteLossError, ObjectiveMixin
+from posttrain.trainers.supervised import SupervisedTrainer
+
+__all__ = ["NonFiniteLossError", "ObjectiveMixin", "SupervisedTrainer"]

@@ -1,0 +1,190 @@
+"""Supervised objectives on trl.SFTTrainer."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from posttrain.binding import Side
+from posttrain.data.collation import ROW_NUMBER
+from posttrain.data.preparation import column_names, finish, number_rows, without_truncation
+from posttrain.modeling import attach, refuse_unsupported
+from posttrain.terms import Available, Objective, Term, build_terms
+from posttrain.trainers import trl_adapter
+from posttrain.trainers.base import ObjectiveMixin
+
+TEXT_COLUMNS = frozenset(
+    ["prompt", "completion", "messages", "conversations", "text", "input_ids", "labels", "attention_mask",
+     "completion_mask", "assistant_masks", "seq_lengths", "tools", "chat_template_kwargs", ROW_NUMBER]
+)  # fmt: skip
+
+AnyDataset = Dataset | IterableDataset
+
+
+class SupervisedTrainer(ObjectiveMixin, SFTTrainer):
+    """trl.SFTTrainer with any objective over named statistics of the trained tokens.
+
+    Args:
+        model, args, train_dataset, eval_dataset, processing_class, peft_config, ...: TRL's own.
+        objective: a name, a dotted path, a callable, a mapping with ``name``, ``weight``, ``statistics`` and
+            hyper-parameters, or a list of these, which is summed.
+        teacher: a model (or where to load it from) for the kernel's teacher statistics (``forward_kl``, ...). It must
+            share the tokenizer.
+
+    Raises:
+        ValueError: unknown objective, statistic, column or hyper-parameter; a TRL setting that ``objective`` replaces;
+            a packing strategy that cuts sequences under an objective that needs them whole.
+    """
+
+    _name = "posttrain-SFT"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SFTConfig | TrainingArguments | None = None,
+        *,
+        objective: Objective | list[Objective] = "nll",
+        teacher: str | PreTrainedModel | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: Any = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = _sft_config(args, model)
+        trl_adapter.refuse_replaced_settings(args)
+        for name in ("data_collator", "compute_loss_func"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} is given, and SupervisedTrainer brings its own; put what it did into `objective`, or "
+                    "prepare the data before."
+                )
+        if train_dataset is None:
+            raise ValueError("train_dataset is missing; pass a datasets.Dataset or IterableDataset.")
+        available = Available(columns=_side_columns(train_dataset), teacher=teacher is not None)
+        terms = build_terms(objective, available)
+        self._columns = tuple(dict.fromkeys(name for term in terms for name in (*term.columns, *term.prepare_columns)))
+        self._sequence_term = next((term.name for term in terms if _needs_sequences(term)), None)
+        _check_eval_columns(eval_dataset, self._columns)
+        _check_packing(args, self._sequence_term, self._columns)
+        if peft_config is not None and trl_adapter.adapts_head(peft_config, model):
+            model, peft_config = trl_adapter.with_head_adapter(model, args, peft_config), None
+        with trl_adapter.hidden_head_adapter(model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        refuse_unsupported(self.model)
+        trl_adapter.refuse_parallelism(self.accelerator)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        self.data_collator = trl_adapter.own_collator(self.data_collator, self._columns, vocab_size)
+        attach(self.model)
+        self.teacher = self._place_teacher(teacher)
+        self._start_objective(terms)
+
+    def _place_teacher(self, teacher: str | PreTrainedModel | None) -> nn.Module | None:
+        if teacher is None:
+            return None
+        if isinstance(teacher, str):
+            teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=self.model.dtype)
+        mine, theirs = (model.config.get_text_config().vocab_size for model in (self.model, teacher))
+        if mine != theirs:
+            raise ValueError(
+                f"teacher has a vocabulary of {theirs} and the model one of {mine}; a teacher must share the tokenizer."
+            )
+        attach(teacher)
+        return teacher.to(self.accelerator.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def _teacher_states(self, model_inputs: dict[str, Any], side: Side) -> Any:
+        if self.teacher is None:
+            return None
+        from posttrain.modeling import hidden_and_head
+
+        return hidden_and_head(self.teacher, side.target_index, **model_inputs)
+
+    def _prepare_dataset(
+        self,
+        dataset: AnyDataset,
+        processing_class: Any,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> AnyDataset:
+        """TRL tokenises; cutting, skipping, shuffling and packing are ours, so that side columns come along."""
+        names = column_names(dataset)
+        if trl_adapter.is_packed(dataset, names):
+            return dataset
+        dataset = super()._prepare_dataset(
+            number_rows(dataset), processing_class, without_truncation(args), False, formatting_func, dataset_name
+        )
+        return finish(
+            dataset,
+            name=dataset_name,
+            columns=self._columns,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            packing=args.packing_strategy if packing else None,
+            shuffle_seed=args.seed if args.shuffle_dataset else None,
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["input_ids", "labels", "seq_lengths", ROW_NUMBER, *self._columns]
+
+
+def _sft_config(args: SFTConfig | TrainingArguments | None, model: Any) -> SFTConfig:
+    if isinstance(args, SFTConfig):
+        return args
+    if args is not None:
+        given = args.to_dict()
+        given["hub_token"] = args.hub_token  # to_dict hides it
+        return SFTConfig(**given)
+    name = model if isinstance(model, str) else model.config._name_or_path
+    return SFTConfig(f"{name.rstrip('/').rpartition('/')[2]}-posttrain")
+
+
+def _side_columns(dataset: AnyDataset) -> list[str]:
+    return [name for name in column_names(dataset) if name not in TEXT_COLUMNS]
+
+
+def _needs_sequences(term: Term) -> bool:
+    statistics = (*term.statistics.values(), *term.prepare_inputs.values())
+    return term.declaration.unit != "tokens" or any(statistic.unit != "tokens" for statistic in statistics)
+
+
+def _check_eval_columns(eval_dataset: Any, columns: tuple[str, ...]) -> None:
+    named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    for name, dataset in named.items():
+        if dataset is None:
+            continue
+        there = column_names(dataset)
+        missing = [column for column in columns if column not in there]
+        if missing:
+            raise ValueError(
+                f"the {name} data lacks the column {missing[0]!r} that the objective needs; it has {sorted(there)}."
+            )
+
+
+def _check_packing(args: SFTConfig, sequence_term: str | None, columns: tuple[str, ...]) -> None:
+    if args.eval_packing and not args.packing:
+        raise ValueError(
+            "trainer.eval_packing is true and trainer.packing is false; packed evaluation rows would see each other's "
+            "tokens, so set both or neither."
+        )
+    if not args.packing or args.packing_strategy == "bfd":
+        return
+    reason = f"objective {sequence_term!r} needs whole sequences" if sequence_term else ""
+    reason = reason or (f"the objective binds the columns {sorted(columns)}" if columns else "")
+    if reason:
+        raise ValueError(
+            f"trainer.packing_strategy {args.packing_strategy!r} cuts sequences, and {reason}; use bfd."
+        )

@@ -1,0 +1,117 @@
+"""Everything that leans on TRL's private parts, in one place; tests/trainers/test_trl_adapter.py fails when TRL moves."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+from trl import SFTConfig
+from trl.trainer.utils import create_model_from_path
+
+from posttrain.data.collation import CompletionCollator
+
+HEAD_NAMES = ("lm_head", "embed_out", "output")
+
+REPLACED: Mapping[str, str] = {
+    "loss_type": "objective: {value}",
+    "label_smoothing_factor": "objective: {{name: label_smoothing, epsilon: {value}}}",
+    "use_liger_kernel": "nothing, the streamed kernel is always used",
+}
+
+
+def refuse_replaced_settings(args: SFTConfig) -> None:
+    """TRL settings that ``objective`` replaces must stay at their defaults, or two places would set one thing.
+
+    Raises:
+        ValueError: names the setting, its value and the key to use.
+    """
+    defaults = {item.name: item.default for item in dataclasses.fields(type(args))}
+    for name, replacement in REPLACED.items():
+        value = getattr(args, name, defaults.get(name))
+        if value != defaults.get(name):
+            raise ValueError(
+                f"trainer.{name} is {value!r}, which `objective` replaces; leave it at {defaults.get(name)!r} and set "
+                f"{replacement.format(value=value)}."
+            )
+
+
+def refuse_parallelism(accelerator: Any) -> None:
+    """Sequence, context and tensor parallelism split what the objectives must see whole."""
+    config = getattr(accelerator, "parallelism_config", None)
+    if config is None:
+        return
+    for size, name in (("cp_size", "context"), ("sp_size", "sequence"), ("tp_size", "tensor")):
+        if getattr(config, size, 1) > 1:
+            raise ValueError(
+                f"{size} is {getattr(config, size)}, and posttrain's trainers do not support {name} parallelism; "
+                "set it to 1 and use DDP, FSDP2 or ZeRO."
+            )
+
+
+def adapts_head(config: PeftConfig | None, model: Any) -> bool:
+    """Whether a PEFT configuration puts an adapter on the output embedding."""
+    targets = getattr(config, "target_modules", None)
+    if not targets or not isinstance(targets, str | list | set | tuple):
+        return False
+    names = {name.rpartition(".")[2] for name, module in _named_heads(model)}
+    if isinstance(targets, str):
+        return targets != "all-linear" and any(name in targets for name in names)
+    return bool(names & {target.rpartition(".")[2] for target in targets})
+
+
+def _named_heads(model: Any) -> list[tuple[str, Any]]:
+    if isinstance(model, str):
+        return [(name, None) for name in HEAD_NAMES]
+    head = model.get_output_embeddings()
+    return [(name, module) for name, module in model.named_modules() if module is head]
+
+
+def with_head_adapter(model: str | PreTrainedModel, args: SFTConfig, peft_config: PeftConfig) -> PeftModel:
+    """Build the PEFT model ourselves where its head is adapted; TRL's constructor would refuse to."""
+    if isinstance(model, str):
+        model = create_model_from_path(model, **dict(args.model_init_kwargs or {}))
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    # ZeRO-3 gathers into buffers of one dtype: adapters in float32 beside a bf16 base would fail on the first step
+    options = {"autocast_adapter_dtype": False} if zero3 else {}
+    return get_peft_model(model, copy.copy(peft_config), **options)
+
+
+@contextmanager
+def hidden_head_adapter(model: Any) -> Iterator[None]:
+    """While TRL's constructor runs, show it the head without its adapter.
+
+    TRL refuses an adapted head because its own loss would ignore the adapter; `posttrain.modeling` reads it, and the
+    start-up self-check proves that it does.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PeftModel) else None
+    if not isinstance(head, BaseTunerLayer):
+        yield
+        return
+    base = head.get_base_layer()
+    object.__setattr__(model, "get_output_embeddings", lambda: base)
+    try:
+        yield
+    finally:
+        object.__delattr__(model, "get_output_embeddings")
+
+
+def own_collator(theirs: Any, columns: tuple[str, ...], vocab_size: int) -> CompletionCollator:
+    """Our collator with the settings that TRL worked out for its own."""
+    return CompletionCollator(
+        pad_token_id=theirs.pad_token_id,
+        padding_free=theirs.padding_free,
+        return_position_ids=theirs.return_position_ids,
+        pad_to_multiple_of=theirs.pad_to_multiple_of,
+        columns=columns,
+        vocab_size=vocab_size,
+    )
+
+
+def is_packed(dataset: Dataset | IterableDataset, names: list[str]) -> bool:
+    """Whether a data set went through packing before (TRL prepares data sets given to ``evaluate`` again)."""
+    return "seq_lengths" in names
