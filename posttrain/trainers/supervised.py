@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from posttrain.binding import Side
 from posttrain.data.collation import ROW_NUMBER
 from posttrain.data.preparation import column_names, finish, number_rows, without_truncation
-from posttrain.modeling import attach, refuse_unsupported
+from posttrain.modeling import VocabRequest, attach, refuse_unsupported
 from posttrain.terms import Available, Objective, Term, build_terms
 from posttrain.trainers import trl_adapter
 from posttrain.trainers.base import ObjectiveMixin
@@ -106,9 +106,9 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):
     def _teacher_states(self, model_inputs: dict[str, Any], side: Side) -> Any:
         if self.teacher is None:
             return None
-        from posttrain.modeling import hidden_and_head
-
-        return hidden_and_head(self.teacher, side.target_index, **model_inputs)
+        request = VocabRequest(side.target_index, side.targets, return_hidden=True, return_head=True)
+        outputs = self.teacher(**model_inputs, vocab_request=request)
+        return outputs.hidden, outputs.head
 
     def _prepare_dataset(
         self,

@@ -1,0 +1,84 @@
+"""Columns written beside a data set once, so that training reads them instead of running another model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.progress import track
+from torch import nn
+from torch.utils.data import DataLoader
+
+from posttrain.binding import Side
+from posttrain.modeling import StatisticsGroup, VocabRequest
+
+
+def teacher_topk(
+    model: nn.Module, dataset: Dataset, collator: Any, *, k: int = 5, batch_size: int = 8, progress: bool = True
+) -> Dataset:
+    """Add ``teacher_ids`` and ``teacher_ids_logp`` (nats), the teacher's ``k`` likeliest next tokens.
+
+    Both run beside ``input_ids``: the entry at position t speaks of the token at t, and is empty where t is not trained.
+
+    Args:
+        model: the teacher, attached with `posttrain.modeling.attach`, in eval mode.
+        dataset: tokenised rows with ``input_ids`` and ``labels``, not packed.
+        collator: a `posttrain.data.collation.CompletionCollator` without columns.
+        k: at most the vocabulary.
+        batch_size: rows per forward.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: ``k`` is not between 1 and the vocabulary's size.
+    """
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    if not 1 <= k <= vocabulary:
+        raise ValueError(f"annotation.k is {k}; give a number between 1 and the teacher's vocabulary of {vocabulary}.")
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
+    device = next(model.parameters()).device
+    ids: list[list[list[int]]] = []
+    logps: list[list[list[float]]] = []
+    with torch.no_grad():
+        for batch in track(loader, description="Asking the teacher", disable=not progress):
+            side: Side = batch["side"].to(device)
+            request = VocabRequest(
+                side.target_index, side.targets, (StatisticsGroup(("topk_logp", "topk_ids"), k=k),)
+            )
+            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+            found = model(**inputs, vocab_request=request).statistics[0]
+            length = batch["input_ids"].shape[1]
+            for column, name in ((ids, "topk_ids"), (logps, "topk_logp")):
+                column.extend(_beside_tokens(found[name].tolist(), side, length, batch["attention_mask"].sum(1).tolist()))
+    return dataset.add_column("teacher_ids", ids).add_column("teacher_ids_logp", logps)  # type: ignore[call-arg]
+
+
+def _beside_tokens(entries: list[list[Any]], side: Side, length: int, row_lengths: list[int]) -> list[list[list[Any]]]:
+    rows: list[list[list[Any]]] = [[[] for _ in range(tokens)] for tokens in row_lengths]
+    for position, entry in zip(side.target_index.tolist(), entries, strict=True):
+        row, before = divmod(position, length)
+        rows[row][before + 1] = entry
+    return rows
+
+
+def write(dataset: Dataset, path: str | Path, about: dict[str, Any]) -> Path:
+    """Write the annotated rows (.jsonl or .parquet) and, beside them, a ``.about.json`` that says where they are from.
+
+    Raises:
+        ValueError: another suffix.
+        FileExistsError: the file is there already; annotations are not overwritten.
+    """
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"annotation.output is {str(path)!r}; give a file that ends in .jsonl or .parquet.")
+    if path.exists():
+        raise FileExistsError(f"annotation.output {str(path)!r} exists already; remove it or name another file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    if path.suffix == ".parquet":
+        dataset.to_parquet(partial)
+    else:
+        dataset.to_json(partial, force_ascii=False)
+    partial.rename(path)
+    path.with_name(path.name + ".about.json").write_text(json.dumps(about, indent=2) + "\n")
+    return path
