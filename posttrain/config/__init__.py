@@ -1,0 +1,31 @@
+"""One YAML file a run: dataclasses, loading with overrides, and checks that name the nearest known key."""
+
+from posttrain.config.load import from_tree, load
+from posttrain.config.resolve import resolve
+from posttrain.config.schema import (
+    AnnotationConfig,
+    DataConfig,
+    DataSource,
+    EvaluationConfig,
+    EvaluationSource,
+    ModelConfig,
+    RunConfig,
+    TokenizerConfig,
+)
+from posttrain.config.trainer import peft_config, trainer_config_class
+
+__all__ = [
+    "AnnotationConfig",
+    "DataConfig",
+    "DataSource",
+    "EvaluationConfig",
+    "EvaluationSource",
+    "ModelConfig",
+    "RunConfig",
+    "TokenizerConfig",
+    "from_tree",
+    "load",
+    "peft_config",
+    "resolve",
+    "trainer_config_class",
+]

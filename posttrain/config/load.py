@@ -1,0 +1,139 @@
+"""From a YAML file and ``key.sub=value`` overrides to a checked `RunConfig`."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from posttrain.config.schema import DataSource, RunConfig
+from posttrain.config.trainer import check_method, check_peft, check_trainer
+from posttrain.config.values import convert, expand, join, read_yaml
+from posttrain.suggest import unknown
+
+Config = TypeVar("Config")
+REFERENCES = ("auto", "cached", "adapter_off", "model", "none")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's configuration.
+
+    Args:
+        path: YAML file.
+        overrides: ``key.sub=value``, the value in YAML; a list's entry is named by its index.
+
+    Raises:
+        ValueError: no such file, malformed YAML, an unknown key at any depth (the nearest known one is named), a value
+            of another type, an unset environment variable, or settings that contradict each other.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"the configuration {str(path)!r} is no file here; give the path of a YAML file.")
+    tree = read_yaml(file.read_text(encoding="utf-8"), str(path))
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"the configuration {str(path)!r} holds {type(tree).__name__}; expected keys and values.")
+    for override in overrides:
+        _override(tree, override)
+    return from_tree(expand(tree))
+
+
+def from_tree(tree: Mapping[str, Any]) -> RunConfig:
+    """Build and check a configuration from plain dictionaries, such as `RunConfig.to_tree` gives."""
+    config = _build(RunConfig, dict(tree), "")
+    check_method(config.method)
+    config.trainer = check_trainer(config.trainer, config.method)
+    if config.peft is not None:
+        config.peft = check_peft(config.peft)
+    if config.reference not in REFERENCES:
+        raise ValueError(unknown("reference", config.reference, REFERENCES))
+    if config.data.train is not None:
+        check_source(config.data.train, "data.train")
+    if config.data.eval is not None:
+        check_source(config.data.eval, "data.eval")
+    for index, source in enumerate(config.evaluation.data or []):
+        check_source(source, f"evaluation.data.{index}")
+    if config.resume and config.overwrite:
+        raise ValueError("resume and overwrite are both set; continue the run in the output folder or replace it.")
+    return config
+
+
+def check_source(source: DataSource, key: str) -> None:
+    """Raise a ValueError where a source names no rows, or settings that its kind does not have."""
+    if (source.path is None) == (source.task is None):
+        found = "neither" if source.path is None else "both"
+        raise ValueError(f"{key} has {found} of path and task; give one of them.")
+    if source.task is not None:
+        misplaced = ("name", "streaming", "columns", "template")
+        if source.size is None:
+            raise ValueError(f"{key}.task is {source.task!r} and {key}.size is null; say how many rows to generate.")
+    else:
+        misplaced = ("size", "seed", "task_options")
+    kind = "a task" if source.task is not None else "a path"
+    for name in misplaced:
+        value = getattr(source, name)
+        if value not in (None, False, {}):
+            raise ValueError(f"{key}.{name} is {value!r}, which has no meaning for {kind}; leave it out.")
+    if source.limit is not None and source.limit < 1:
+        raise ValueError(f"{key}.limit is {source.limit}; give a number of rows of at least 1, or null for all.")
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Set one ``key.sub=value`` in the tree, making the mappings on the way."""
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ValueError(f"the override {override!r} is not of the form key.sub=value.")
+    node: Any = tree
+    for depth, part in enumerate(parts):
+        done, last = ".".join(parts[:depth]), depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ValueError(f"the override {override!r}: {done} is a list of {len(node)}, and has no {part!r}.")
+            index: Any = int(part)
+        else:
+            index = part
+        if last:
+            node[index] = read_yaml(text, f"the value of the override {override!r}")
+            return
+        child = node[index] if isinstance(node, list) else node.get(index)
+        if part == "objective" and depth == 0 and isinstance(child, str):
+            child = {"name": child}
+        if child is None:
+            child = {}
+        if not isinstance(child, dict | list):
+            raise ValueError(f"the override {override!r}: {join(done, part)} is {child!r}, which has no keys.")
+        node[index] = child
+        node = child
+
+
+def _build(cls: type[Config], tree: Any, key: str) -> Config:
+    """A configuration dataclass from a mapping, checking every key and plain value."""
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{key} is {tree!r}; expected keys and values.")
+    hints = get_type_hints(cls)
+    items = dataclasses.fields(cls)  # type: ignore[arg-type]
+    rest = next((item.name for item in items if item.metadata.get("rest")), None)
+    known = [item.name for item in items if item.name != rest]
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        if name in known:
+            values[name] = _value(value, hints[name], join(key, name))
+        elif rest is not None:
+            values.setdefault(rest, {})[name] = value
+        else:
+            raise ValueError(unknown("key", join(key, name), [join(key, one) for one in known]))
+    return cls(**values)
+
+
+def _value(value: Any, annotation: Any, key: str) -> Any:
+    options = get_args(annotation) if get_origin(annotation) in (Union, type(int | str)) else (annotation,)
+    for option in options:
+        if value is not None and dataclasses.is_dataclass(option) and isinstance(option, type):
+            return _build(option, value, key)
+        inner = get_args(option)
+        if get_origin(option) is list and dataclasses.is_dataclass(inner[0]) and isinstance(value, list):
+            return [_build(inner[0], entry, join(key, index)) for index, entry in enumerate(value)]
+    if value is None and type(None) not in options and dataclasses.is_dataclass(annotation):
+        return annotation()  # type: ignore[operator]
+    return convert(value, annotation, key)

@@ -1,0 +1,190 @@
+"""The dataclasses behind the YAML; keys and field names are the same."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+# What must not be written beside the results.
+SECRET_KEYS = frozenset({"hub_token", "push_to_hub_token", "token"})
+
+
+# Marks a field that takes every key its dataclass does not know; in the YAML they stand beside the others.
+REST = {"rest": True}
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """``model:`` and ``teacher:``; whatever is not named here goes to ``from_pretrained``.
+
+    Args:
+        name_or_path: a hub name, a folder, or ``tiny-base`` for the embedded base.
+        dtype: of the weights: ``float32``, ``bfloat16``, ``float16``, ``float64`` or ``auto`` (as they were saved).
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None takes transformers' choice.
+    """
+
+    name_or_path: str = "tiny-base"
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    options: dict[str, Any] = field(default_factory=dict, metadata=REST)
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """``tokenizer:``; None as ``name_or_path`` takes the model's, the rest goes to ``from_pretrained``."""
+
+    name_or_path: str | None = None
+    options: dict[str, Any] = field(default_factory=dict, metadata=REST)
+
+
+@dataclass(kw_only=True)
+class DataSource:
+    """Rows from a file, a hub set or a procedural task.
+
+    Args:
+        path: .json, .jsonl, .csv or .parquet (also .gz), a folder of ``save_to_disk``, or a hub name.
+        name: configuration of a hub set.
+        split: of a hub set, a saved folder or a task; a file has none and takes only a slice such as ``[:100]``.
+        task: procedural task, instead of ``path``.
+        size, seed, task_options: of a task: rows, integer, settings of the task's generator.
+        format: ``auto`` or one of `posttrain.data.formats.FORMATS`.
+        columns: existing name -> new name, applied first.
+        template: the prompt as a format string over the columns, such as ``"Question: {question}\\nAnswer:"``.
+        limit: at most this many rows, from the start.
+        streaming: read rows when they are needed instead of all at first.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    split: str = "train"
+    task: str | None = None
+    size: int | None = None
+    seed: int | None = None
+    task_options: dict[str, Any] = field(default_factory=dict)
+    format: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    template: str | None = None
+    limit: int | None = None
+    streaming: bool = False
+
+
+@dataclass(kw_only=True)
+class EvaluationSource(DataSource):
+    """A data source to evaluate on.
+
+    Args:
+        verifier: ``auto``, ``exact``, ``math`` or ``task``.
+        label: the name in tables; None takes the task's or the file's name.
+    """
+
+    verifier: str = "auto"
+    label: str | None = None
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """``data:``: what to train on, and what ``eval_loss`` is measured on."""
+
+    train: DataSource | None = None
+    eval: DataSource | None = None
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """``evaluation:``: settings of `posttrain.evaluation.evaluate`.
+
+    Args:
+        data: None takes ``data.eval``.
+        before: ``train`` evaluates the base as well, for the before/after table.
+    """
+
+    data: list[EvaluationSource] | None = None
+    metrics: list[str] = field(default_factory=lambda: ["generation", "likelihood"])
+    samples: int = 8
+    k: list[int] = field(default_factory=lambda: [1, 8])
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    batch_size: int = 64
+    seed: int = 0
+    max_length: int | None = None
+    resamples: int = 2000
+    level: float = 0.95
+    before: bool = True
+
+
+@dataclass(kw_only=True)
+class AnnotationConfig:
+    """``annotation:``: what ``posttrain annotate`` writes, and where.
+
+    Args:
+        output: .jsonl or .parquet file to write.
+        k: entries per token of ``teacher-topk``.
+        batch_size: rows per forward.
+    """
+
+    output: str | None = None
+    k: int = 5
+    batch_size: int = 8
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A whole run.
+
+    Args:
+        method: which trainer, one of `posttrain.config.trainer.METHODS`.
+        objective: a name, a mapping with ``name`` and hyper-parameters, or a list of these; see `posttrain.terms`.
+        trainer: keys of TRL's own configuration class.
+        peft: None, or keys of ``peft.LoraConfig`` (of another class where ``peft_type`` names one).
+        reference: ``auto``, ``cached``, ``adapter_off``, ``model`` or ``none``.
+        resume: true continues from the output folder's last checkpoint, a path from that checkpoint.
+        overwrite: an earlier run's files in the output folder may be replaced.
+    """
+
+    method: str = "supervised"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: str | dict[str, Any] | list[Any] = "nll"
+    teacher: ModelConfig | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
+    peft: dict[str, Any] | None = None
+    reference: str = "auto"
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    annotation: AnnotationConfig = field(default_factory=AnnotationConfig)
+    resume: bool | str = False
+    overwrite: bool = False
+
+    def to_tree(self) -> dict[str, Any]:
+        """Plain dictionaries and lists with the YAML's keys; `posttrain.config.from_tree` reads them back."""
+        return _tree(self)
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML; tokens are left out, so the text may be stored."""
+        return yaml.safe_dump(without_secrets(self.to_tree()), sort_keys=False, allow_unicode=True)
+
+
+def _tree(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return value
+    tree: dict[str, Any] = {}
+    for item in dataclasses.fields(value):
+        part = getattr(value, item.name)
+        if item.metadata.get("rest"):
+            tree.update(part)
+        elif isinstance(part, list):
+            tree[item.name] = [_tree(entry) for entry in part]
+        else:
+            tree[item.name] = _tree(part)
+    return tree
+
+
+def without_secrets(tree: Any) -> Any:
+    """A copy with None in place of every token."""
+    if isinstance(tree, dict):
+        return {key: None if key in SECRET_KEYS else without_secrets(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [without_secrets(value) for value in tree]
+    return tree
