@@ -4,7 +4,7 @@ A row has ``prompt`` (text or messages) with ``completion`` and/or ``answer``, o
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -46,6 +46,11 @@ def reference_of(row: Row) -> str | None:
     return None
 
 
+def is_verifiable(row: Row) -> bool:
+    """Whether a completion of the row can be generated and judged: it has a prompt and a reference."""
+    return prompt_of(row) not in (None, []) and reference_of(row) is not None
+
+
 def is_scorable(row: Row) -> bool:
     """Whether the row holds text whose likelihood can be measured: prompt with completion, messages, or text."""
     if _holds(row, "prompt"):
@@ -53,7 +58,7 @@ def is_scorable(row: Row) -> bool:
     return _holds(row, "messages") or _holds(row, "text")
 
 
-def require(rows: Iterable[Row], what: str, accepts: str, condition: Any) -> None:
+def require(rows: Iterable[Row], what: str, accepts: str, condition: Callable[[Row], bool]) -> None:
     """Raise a ValueError naming the first row that fails ``condition`` and the columns it has."""
     for index, row in enumerate(rows):
         if not condition(row):

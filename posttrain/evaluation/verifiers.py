@@ -1,7 +1,7 @@
 """Verifiers: does a completion answer its row, and which answer did it give (for the majority vote)?"""
 
-import difflib
 import importlib.util
+import json
 import re
 import unicodedata
 from abc import ABC, abstractmethod
@@ -11,6 +11,7 @@ from typing import NamedTuple, Self
 
 from posttrain.evaluation.math_process import MathProcess
 from posttrain.evaluation.rows import Row, reference_of
+from posttrain.suggest import unknown
 
 _MARK = "####"
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -129,8 +130,20 @@ class MathVerifier(Verifier):
         return Verdict(response["answer"], bool(response["correct"]))
 
 
+def _task_of(row: Row) -> str | None:
+    """The procedural task that made the row, from its column ``task`` or from the metadata that tasks write."""
+    metadata = row.get("metadata")
+    if row.get("task") or not isinstance(metadata, str) or not metadata.startswith("{"):
+        return row.get("task")
+    recorded = json.loads(metadata)
+    return recorded.get("task") if "problem" in recorded else None
+
+
 class TaskVerifier(Verifier):
-    """The procedural task's own verifier; a row's column ``task`` goes before the given task.
+    """The procedural task's own verifier.
+
+    Args:
+        task: the task of all rows; None reads it off each row.
 
     Raises:
         ImportError: reasoning-gym is not installed.
@@ -146,9 +159,9 @@ class TaskVerifier(Verifier):
     def __call__(self, completion: str, row: Row) -> Verdict:
         from posttrain.data import procedural
 
-        task = row.get("task") or self._task
+        task = self._task or _task_of(row)
         if task is None:
-            raise ValueError("The verifier task needs a task: name it for the row set or in a column task.")
+            raise ValueError("The verifier task needs a procedural task: name it for the row set or in a column task.")
         answer = normalise(final_answer(completion))
         return Verdict(answer or None, bool(procedural.verify(task, completion, row)))
 
@@ -173,18 +186,16 @@ def names() -> list[str]:
 def resolve(name: str, rows: Sequence[Row], task: str | None = None) -> Verifier:
     """The verifier for a row set.
 
-    ``auto`` is ``task`` for a procedural row set (a task is given, or the rows have a column ``task``), ``math`` where
-    every reference looks mathematical, and ``exact`` otherwise.
+    ``auto`` is ``task`` for a procedural row set (a task is given, or the rows say which task made them), ``math``
+    where every reference looks mathematical, and ``exact`` otherwise.
 
     Raises:
         ValueError: unknown name; the nearest known one is suggested.
         ImportError: the verifier's package is not installed.
     """
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"Unknown verifier {name!r}: {hint}Known are {', '.join(names())}.")
-    if name == "task" or (name == "auto" and (task is not None or any(row.get("task") for row in rows))):
+        raise ValueError(unknown("verifier", name, names()))
+    if name == "task" or (name == "auto" and (task is not None or all(map(_task_of, rows)))):
         return TaskVerifier(task)
     if name == "math" or (name == "auto" and all(looks_mathematical(_reference(row)) for row in rows)):
         return MathVerifier()

@@ -1,0 +1,245 @@
+"""One call that evaluates a model on named row sets."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain.evaluation import bootstrap, verifiers
+from posttrain.evaluation.generation import Sampling, complete
+from posttrain.evaluation.likelihood import Likelihood, likelihood
+from posttrain.evaluation.passk import maj_at_k, pass_at_k
+from posttrain.evaluation.report import Measure, Report, SourceReport
+from posttrain.evaluation.rows import Row, is_scorable, is_verifiable, prompt_ids, prompt_of, reference_of, require
+from posttrain.suggest import unknown
+
+_ACCEPTS = {
+    "generation": (is_verifiable, "a prompt with answer or completion, or messages that end with the assistant"),
+    "likelihood": (is_scorable, "prompt with completion, messages, or text"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A row set to evaluate on.
+
+    Args:
+        rows: a `datasets.Dataset` or dictionaries, see `posttrain.evaluation.rows`.
+        task: the procedural task that made the rows, if one did.
+        verifier: `auto`, `exact`, `math` or `task`, see `verifiers.resolve`.
+    """
+
+    rows: Iterable[Row]
+    task: str | None = None
+    verifier: str = "auto"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """`evaluate`'s settings, checked."""
+
+    metrics: tuple[str, ...]
+    sampling: Sampling
+    k: tuple[int, ...]
+    max_length: int | None
+    resamples: int
+    level: float
+    progress: bool
+
+    def __post_init__(self) -> None:
+        for metric in self.metrics:
+            if metric not in _ACCEPTS:
+                raise ValueError(unknown("entry of metrics", metric, _ACCEPTS))
+        if not self.metrics:
+            raise ValueError(f"metrics is empty; name at least one of {', '.join(_ACCEPTS)}.")
+        if self.resamples < 1 or not 0 < self.level < 1:
+            raise ValueError(
+                f"resamples must be positive and level within (0, 1), found {self.resamples} and {self.level}."
+            )
+        samples = self.sampling.samples
+        if "generation" in self.metrics and not (self.k and min(self.k) > 0 and max(self.k) <= samples):
+            raise ValueError(f"k must lie between 1 and samples={samples}, found {list(self.k)}; raise samples.")
+        if "generation" in self.metrics and self.sampling.temperature == 0 and samples > 1:
+            raise ValueError(
+                f"temperature 0 is greedy, so samples={samples} would all be the same; set samples to 1 and k to [1], "
+                "or temperature above 0."
+            )
+
+
+@dataclass
+class _Findings:
+    """A source's results while they are gathered; measures are (statistic, row numbers)."""
+
+    items: list[dict[str, Any]]
+    measures: dict[str, tuple[bootstrap.Statistic, Any]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    verifier: str | None = None
+    correct: Any = None
+    reliability: list[dict[str, float | int | None]] = field(default_factory=list)
+
+
+Advance = Callable[[int], None] | None
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Mapping[str, Source | Iterable[Row]],
+    *,
+    metrics: Sequence[str] = ("generation", "likelihood"),
+    samples: int = 8,
+    k: Sequence[int] = (1, 8),
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 128,
+    batch_size: int = 64,
+    seed: int = 0,
+    max_length: int | None = None,
+    resamples: int = 2000,
+    level: float = 0.95,
+    progress: bool = False,
+) -> Report:
+    """Measure a model on every source; a source that allows only one kind of metric is measured in that one.
+
+    `generation` gives pass@k for each k and maj@k for each k > 1; with temperature 0 and one sample, pass@1 is greedy
+    exact match. `likelihood` gives nll (nats/token), perplexity, mean_target_probability, token_accuracy, entropy
+    (nats) and expected_calibration_error. Every number has a percentile bootstrap interval over rows.
+
+    Args:
+        model, tokenizer: any Hugging Face causal language model, plain or PEFT; both come back as they were.
+        sources: name -> `Source`, or its rows alone.
+        metrics: `generation`, `likelihood` or both.
+        samples, temperature, top_p, max_new_tokens, batch_size, seed: see `generation.Sampling`.
+        k: of pass@k and maj@k, each at most `samples`.
+        max_length: longest row whose likelihood is measured, in tokens; None takes the model's positions.
+        resamples, level: of the bootstrap intervals, seeded with `seed`.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: a setting out of range; a source without rows, or whose rows allow none of the metrics; as in
+            `generation.generate` and `likelihood.likelihood`.
+        ImportError: a verifier's package is not installed.
+    """
+    sampling = Sampling(samples, temperature, top_p, max_new_tokens, batch_size, seed)
+    plan = _Plan(tuple(metrics), sampling, tuple(sorted(set(k))), max_length, resamples, level, progress)
+    results = {
+        name: _evaluate_source(model, tokenizer, name, source if isinstance(source, Source) else Source(source), plan)
+        for name, source in sources.items()
+    }
+    settings = {"metrics": list(metrics), **asdict(sampling), "k": list(plan.k), "max_length": max_length}
+    return Report({**settings, "resamples": resamples, "level": level}, results)
+
+
+def _evaluate_source(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, source: Source, plan: _Plan
+) -> SourceReport:
+    rows = list(source.rows)
+    kinds = _measurable(name, rows, plan.metrics)
+    found = _Findings([{"prompt": prompt_of(row), "reference": reference_of(row)} for row in rows])
+    if "generation" in kinds:
+        with _bar(plan.progress, f"{name}: generation", len(rows) * plan.sampling.samples) as advance:
+            _generation(model, tokenizer, rows, source, plan, found, advance)
+    if "likelihood" in kinds:
+        with _bar(plan.progress, f"{name}: likelihood", len(rows)) as advance:
+            size, limit = plan.sampling.batch_size, plan.max_length
+            scored = likelihood(model, tokenizer, rows, batch_size=size, max_length=limit, progress=advance)
+            _likelihood(scored, found)
+    interval = partial(bootstrap.estimate, resamples=plan.resamples, level=plan.level, seed=plan.sampling.seed)
+    measures = {
+        metric: Measure(statistic, index, interval(statistic)) for metric, (statistic, index) in found.measures.items()
+    }
+    return SourceReport(
+        rows=len(rows),
+        fingerprint=_fingerprint(rows),
+        verifier=found.verifier,
+        measures=measures,
+        counts=found.counts,
+        not_measured={kind: f"it needs {_ACCEPTS[kind][1]}" for kind in plan.metrics if kind not in kinds},
+        items=found.items,
+        correct=found.correct,
+        reliability=found.reliability,
+    )
+
+
+def _measurable(name: str, rows: Sequence[Row], metrics: Sequence[str]) -> list[str]:
+    """The kinds of metric that the source's rows allow; a mixture of rows that do and do not is an error."""
+    if not rows:
+        raise ValueError(f"Source {name!r} has no rows to evaluate on.")
+    kinds = [kind for kind in metrics if any(map(_ACCEPTS[kind][0], rows))]
+    for kind in kinds or metrics:
+        accepted, description = _ACCEPTS[kind]
+        require(rows, f"{kind} on source {name!r}", description, accepted)
+    return kinds
+
+
+@contextmanager
+def _bar(shown: bool, description: str, total: int) -> Iterator[Advance]:
+    if not shown:
+        yield None
+        return
+    with Progress() as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda steps: progress.advance(task, steps)
+
+
+def _generation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    source: Source,
+    plan: _Plan,
+    found: _Findings,
+    advance: Advance,
+) -> None:
+    """Sample, judge, and note pass@k and maj@k."""
+    with verifiers.resolve(source.verifier, rows, source.task) as verifier:
+        prompts = [prompt_ids(tokenizer, prompt, row) for row in rows if (prompt := prompt_of(row)) is not None]
+        completions = complete(model, tokenizer, prompts, plan.sampling, progress=advance)
+        verdicts = [[verifier(text, row) for text in texts] for row, texts in zip(rows, completions.texts, strict=True)]
+        found.counts["unjudged_completions"] = verifier.unjudged
+        found.verifier = verifier.name
+    found.counts["truncated_prompts"] = completions.truncated_prompts
+    found.counts["unfinished_completions"] = completions.unfinished
+    answers = [[verdict.answer for verdict in one] for one in verdicts]
+    correct = np.array([[verdict.correct for verdict in one] for one in verdicts])
+    found.correct = correct
+    index = np.arange(len(rows))
+    for size in plan.k:
+        found.measures[f"pass@{size}"] = bootstrap.mean(pass_at_k(correct, size)), index
+    for size in plan.k:
+        if size > 1:
+            found.measures[f"maj@{size}"] = bootstrap.mean(maj_at_k(answers, correct, size)), index
+    for item, texts, given, flags in zip(found.items, completions.texts, answers, correct.tolist(), strict=True):
+        item.update(completions=texts, answers=given, correct=flags)
+
+
+def _likelihood(scored: Likelihood, found: _Findings) -> None:
+    """Note the likelihood metrics and every scored row's own numbers."""
+    found.measures.update({name: (statistic, scored.index) for name, statistic in scored.statistics().items()})
+    found.counts["truncated_rows"] = scored.truncated
+    found.counts["skipped_rows"] = len(scored.skipped)
+    found.reliability = scored.reliability()
+    for place, row in enumerate(scored.index):
+        tokens = int(scored.tokens[place])
+        found.items[row].update(
+            tokens=tokens,
+            nll=scored.nll[place] / tokens,
+            mean_target_probability=scored.target_probability[place] / tokens,
+            token_accuracy=scored.correct[place] / tokens,
+            entropy=scored.entropy[place] / tokens,
+        )
+
+
+def _fingerprint(rows: Sequence[Row]) -> str:
+    columns = ("prompt", "completion", "answer", "messages", "text")
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.get(column) for column in columns], sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
