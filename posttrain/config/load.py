@@ -64,7 +64,7 @@ def check_source(source: DataSource, key: str) -> None:
         found = "neither" if source.path is None else "both"
         raise ValueError(f"{key} has {found} of path and task; give one of them.")
     if source.task is not None:
-        misplaced = ("name", "streaming", "columns", "template")
+        misplaced: tuple[str, ...] = ("name", "streaming", "columns", "template")
         if source.size is None:
             raise ValueError(f"{key}.task is {source.task!r} and {key}.size is null; say how many rows to generate.")
     else:
@@ -129,8 +129,8 @@ def _build(cls: type[Config], tree: Any, key: str) -> Config:
 def _value(value: Any, annotation: Any, key: str) -> Any:
     options = get_args(annotation) if get_origin(annotation) in (Union, type(int | str)) else (annotation,)
     for option in options:
-        if value is not None and dataclasses.is_dataclass(option) and isinstance(option, type):
-            return _build(option, value, key)
+        if value is not None and isinstance(option, type) and dataclasses.is_dataclass(option):
+            return _build(option, value, key)  # type: ignore[type-var]
         inner = get_args(option)
         if get_origin(option) is list and dataclasses.is_dataclass(inner[0]) and isinstance(value, list):
             return [_build(inner[0], entry, join(key, index)) for index, entry in enumerate(value)]
