@@ -12,7 +12,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     folded = {candidate.lower(): candidate for candidate in candidates}
     # A wrongly nested key is often right in its last part: optim.learning_rate for learning_rate.
     for wanted in (name.lower(), name.lower().rpartition(".")[2]):
-        matches = difflib.get_close_matches(wanted, folded, n=1, cutoff=0.55)
+        matches = difflib.get_close_matches(wanted, folded, n=1, cutoff=0.6)
         if matches:
             return folded[matches[0]]
     return None

@@ -130,10 +130,11 @@ def _value(value: Any, annotation: Any, key: str) -> Any:
     options = get_args(annotation) if get_origin(annotation) in (Union, type(int | str)) else (annotation,)
     for option in options:
         if value is not None and isinstance(option, type) and dataclasses.is_dataclass(option):
-            return _build(option, value, key)  # type: ignore[type-var]
+            return _build(option, value, key)
         inner = get_args(option)
-        if get_origin(option) is list and dataclasses.is_dataclass(inner[0]) and isinstance(value, list):
-            return [_build(inner[0], entry, join(key, index)) for index, entry in enumerate(value)]
+        if get_origin(option) is list and isinstance(value, list) and dataclasses.is_dataclass(inner[0]):
+            entry_type: Any = inner[0]
+            return [_build(entry_type, entry, join(key, index)) for index, entry in enumerate(value)]
     if value is None and type(None) not in options and dataclasses.is_dataclass(annotation):
         return annotation()  # type: ignore[operator]
     return convert(value, annotation, key)
