@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from posttrain import __version__
 from posttrain.config.schema import SECRET_KEYS, RunConfig
 
 CONFIG_FILE = "config.yaml"
@@ -30,7 +31,7 @@ _MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin", "adap
 
 def versions() -> dict[str, str | None]:
     """Python and the packages that decide a run's numbers; None for those that are not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "posttrain": version_of("posttrain")}
+    found: dict[str, str | None] = {"python": platform.python_version(), "posttrain": __version__}
     return found | {name: version_of(name) for name in RECORDED_PACKAGES}
 
 

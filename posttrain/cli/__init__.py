@@ -1,0 +1,5 @@
+"""The command line: train, evaluate, annotate, list, show, doctor."""
+
+from posttrain.cli.main import main
+
+__all__ = ["main"]

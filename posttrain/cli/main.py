@@ -1,0 +1,100 @@
+"""Arguments to commands. Commands import what they need when they run, so that help and `list` start fast."""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 after success, 2 after a mistake that one sentence on stderr explains (with POSTTRAIN_DEBUG=1, its traceback).
+        Errors that are not ours propagate.
+    """
+    arguments = _parser().parse_args(argv)
+    _log_to_stderr()
+    # A console script does not look for modules here; `python -m` does. Objectives may be named by dotted path.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return int(_run(arguments) or 0)
+    except (ValueError, ImportError, FileExistsError) as error:
+        if not _is_ours(error) or os.environ.get("POSTTRAIN_DEBUG") == "1":
+            raise
+        rank = os.environ.get("RANK")
+        print(f"posttrain{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int | None:
+    if arguments.command == "list":
+        from posttrain.cli.list_show import list_objectives
+
+        return list_objectives()
+    if arguments.command == "show":
+        from posttrain.cli.list_show import show
+
+        return show(arguments.name)
+    if arguments.command == "doctor":
+        from posttrain.cli.doctor import doctor
+
+        return doctor()
+    if arguments.command == "train":
+        from posttrain.cli.train import train
+
+        return train(arguments.config, arguments.overrides)
+    if arguments.command == "evaluate":
+        from posttrain.cli.evaluate import evaluate
+
+        return evaluate(arguments.config, arguments.overrides)
+    from posttrain.cli.annotate import annotate
+
+    return annotate(arguments.kind, arguments.config, arguments.overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="posttrain", description="LLM post-training objectives in Hugging Face trainers."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help in (
+        ("train", "post-train a model as a YAML file says"),
+        ("evaluate", "measure a model on the file's evaluation data"),
+        ("annotate", "write columns beside a data set, once"),
+    ):
+        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        if name == "annotate":
+            command.add_argument("kind", metavar="KIND", help="what to write, such as teacher-topk")
+        command.add_argument("config", metavar="CONFIG", help="YAML file")
+        command.add_argument(
+            "overrides", metavar="KEY.SUB=VALUE", nargs="*", help="overrides keys of the file; the value is YAML"
+        )
+    commands.add_parser("list", help="all objectives by family")
+    command = commands.add_parser("show", help="an objective's formula, inputs, hyper-parameters and an example")
+    command.add_argument("name", metavar="NAME", help="an objective's name, or the dotted path of one's own")
+    commands.add_parser("doctor", help="versions, devices, and what can be used on this machine")
+    return parser
+
+
+def _log_to_stderr() -> None:
+    logger = logging.getLogger("posttrain")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    # the other processes of a launch say the same things
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised the error, and not a library it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE)
