@@ -41,7 +41,7 @@ def logits_finetuning(logp: Tokens, ids_logp: TokensByK, teacher_ids_logp: Token
     """
     check_same_shape(ids_logp=ids_logp, teacher_ids_logp=teacher_ids_logp)
     check_same_length(logp=logp, ids_logp=ids_logp)
-    check_in_range(0, 1, alpha=alpha)
+    check_in_range(0.0, 1.0, alpha=alpha)
     teacher = teacher_ids_logp.detach().to(ids_logp.dtype)
     filled = teacher > -torch.inf
     # a large finite number instead of -inf: softmax gives it 0 all the same, and 0 * (-inf) never arises

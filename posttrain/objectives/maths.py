@@ -12,7 +12,7 @@ LARGEST_EXPONENT = 30.0
 
 def one_minus_p(logp: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """``1 - p``; exact to rounding where p is near 1, where ``1 - exp(logp)`` is not. Gradient ``-p``."""
-    return -torch.expm1(logp)
+    return -_expm1(logp)
 
 
 def power(logp: Float[Tensor, "*shape"], a: float) -> Float[Tensor, "*shape"]:
@@ -30,13 +30,19 @@ def one_minus_power(logp: Float[Tensor, "*shape"], a: float) -> Float[Tensor, "*
     if abs(a) < 1e-20:
         return -logp
     held, excess = _held_exponent(logp, a)
-    return -(torch.expm1(held) + excess) / a
+    return -(_expm1(held) + excess) / a
 
 
 def _held_exponent(logp: Tensor, a: float) -> tuple[Tensor, Tensor]:
     exponent = a * logp
     held = exponent.clamp(max=LARGEST_EXPONENT)
-    return held, math.exp(LARGEST_EXPONENT) * (exponent - held)
+    # relu and not a difference with `held`: two slopes of e^30 that should cancel would leave their rounding
+    return held, math.exp(LARGEST_EXPONENT) * torch.relu(exponent - LARGEST_EXPONENT)
+
+
+def _expm1(x: Tensor) -> Tensor:
+    # autograd takes torch.expm1's slope as result + 1, which holds nothing of a small exp(x)
+    return torch.where(x < -math.log(2), torch.exp(x) - 1, torch.expm1(x))
 
 
 def log1mexp(u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -87,7 +87,7 @@ def probability_quantile(logp: Tokens, *, quantile: float) -> dict[str, Float[Te
     Raises:
         ValueError: quantile lies outside [0, 1].
     """
-    check_in_range(0, 1, quantile=quantile)
+    check_in_range(0.0, 1.0, quantile=quantile)
     return {"probability_quantile": maths.quantile(logp.detach().exp(), quantile)}
 
 
@@ -144,11 +144,11 @@ def probability_threshold(
 
 def _bound(threshold: float | None, quantile: float | None, probability_quantile: Tensor | None) -> float | Tensor:
     if threshold is not None and quantile is None:
-        check_in_range(0, 1, threshold=threshold)
+        check_in_range(0.0, 1.0, threshold=threshold)
         return threshold
     if quantile is None or threshold is not None:
         raise ValueError(f"threshold is {threshold!r} and quantile is {quantile!r}; set exactly one of the two.")
-    check_in_range(0, 1, quantile=quantile)
+    check_in_range(0.0, 1.0, quantile=quantile)
     if probability_quantile is None:
         raise ValueError(
             f"quantile is {quantile!r} but probability_quantile is missing; "
@@ -188,7 +188,7 @@ def focal(logp: Tokens, *, gamma: float = 2.0) -> Loss:
     Raises:
         ValueError: gamma is negative or not finite.
     """
-    check_in_range(0, math.inf, gamma=gamma)
+    check_in_range(0.0, math.inf, gamma=gamma)
     return _with_nll(-torch.exp(gamma * maths.log1mexp(logp)) * logp, logp)
 
 
@@ -206,7 +206,7 @@ def poly1(logp: Tokens, *, epsilon: float = 1.0) -> Loss:
     Raises:
         ValueError: epsilon is below -1 or not finite.
     """
-    check_in_range(-1, math.inf, epsilon=epsilon)
+    check_in_range(-1.0, math.inf, epsilon=epsilon)
     return _with_nll(-logp + epsilon * maths.one_minus_p(logp), logp)
 
 
@@ -234,7 +234,7 @@ def label_smoothing(logp: Tokens, logsumexp: Tokens, mean_logit: Tokens, *, epsi
         ValueError: shapes differ, or epsilon lies outside [0, 1].
     """
     check_same_shape(logp=logp, logsumexp=logsumexp, mean_logit=mean_logit)
-    check_in_range(0, 1, epsilon=epsilon)
+    check_in_range(0.0, 1.0, epsilon=epsilon)
     return _with_nll(-(1 - epsilon) * logp + epsilon * (logsumexp - mean_logit), logp)
 
 

@@ -1,0 +1,172 @@
+"""What holds for each declared objective, so that a new one is checked by existing."""
+
+import inspect
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from posttrain import objectives
+from posttrain.config import load
+from posttrain.objectives import Loss
+from posttrain.statistics import TOKEN_COLUMNS, parse, signature
+from posttrain.terms import Available, build_terms
+from tests.objectives.truth import DTYPES, gradient
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = objectives.names()
+LETTERS = {"alpha", "beta", "gamma", "epsilon", "tau", "lam", "n", "c_min", "c_max", "label_smoothing"}
+WORDS = {"desirable_weight", "undesirable_weight", "threshold", "quantile", "keep", "inner", "gradient"}
+# what an objective needs to be called at all, beyond its defaults
+NEEDED = {"probability_threshold": {"quantile": 0.5}, "direct_coverage": {"n": 8}}
+UNITS = {"tokens": 12, "sequences": 4, "pairs": 4}
+
+
+def options(name):
+    return NEEDED.get(name, {})
+
+
+def made_up(name, dtype=torch.float64, units=None, seed=0):
+    """Inputs of plausible size by the names in the signature, prepared ones included."""
+    declaration = objectives.get(name).declaration
+    count = UNITS[declaration.unit] if units is None else units
+    generator = torch.Generator().manual_seed(seed)
+    read = signature(objectives.get(name))
+    inputs = {}
+    for parameter in (*read.required, *read.optional):
+        if parse(parameter) is None and parameter not in TOKEN_COLUMNS:
+            continue
+        shape = (count, 3) if "ids_logp" in parameter else (count,)
+        values = 0.05 + 3 * torch.rand(shape, generator=generator, dtype=torch.float64)
+        inputs[parameter] = (-values if parameter.endswith("logp") else values).to(dtype).requires_grad_()
+    if declaration.prepare is not None:
+        asked = signature(declaration.prepare)
+        given = {key: value.detach() for key, value in inputs.items() if key in asked.required}
+        inputs.update(
+            declaration.prepare(**given, **{k: v for k, v in options(name).items() if k in asked.hyperparameters})
+        )
+    return inputs
+
+
+def differentiable(inputs):
+    return [key for key, value in inputs.items() if value.requires_grad and key not in TOKEN_COLUMNS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_declared_in_full(name):
+    declaration = objectives.get(name).declaration
+    assert declaration.unit in UNITS
+    assert declaration.formula and "\n" not in declaration.formula
+    assert name == "nll" or re.search(r"arXiv:\d{4}\.\d{4,5}", declaration.paper)
+    assert declaration.prepare is None or declaration.prepare.__doc__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_docstring_says_what_goes_in_and_out(name):
+    function = objectives.get(name)
+    text = inspect.getdoc(function)
+    assert text.splitlines()[0].endswith((".", ":"))
+    for part in ("Args:", "Returns:", "radient", f"({function.declaration.unit},)"):
+        assert part in text, part
+    read = signature(function)
+    if read.hyperparameters or len(read.required) > 1:
+        assert "Raises:" in text
+    for parameter in (*read.required, *read.optional, *read.hyperparameters):
+        assert re.search(rf"^\s+{parameter}: ", text, re.MULTILINE), parameter
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_parameters_are_statistics_and_hyperparameters(name):
+    function = objectives.get(name)
+    read = signature(function)
+    assert set(read.hyperparameters) <= LETTERS | WORDS
+    prepared = set() if function.declaration.prepare is None else set(made_up(name)) - set(read.required)
+    for parameter in (*read.required, *read.optional):
+        assert parse(parameter) or parameter in TOKEN_COLUMNS or parameter in prepared, parameter
+    hints = inspect.signature(function).parameters.values()
+    assert all(parameter.annotation is not parameter.empty for parameter in hints)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_value_per_unit_metrics_detached_inputs_untouched(name, dtype):
+    function = objectives.get(name)
+    inputs = made_up(name, dtype)
+    before = {key: value.detach().clone() for key, value in inputs.items()}
+    loss = function(**inputs, **options(name))
+    count = UNITS[function.declaration.unit]
+    assert isinstance(loss, Loss)
+    assert loss.values.shape == (count,) and loss.values.dtype == dtype and loss.values.requires_grad
+    for metric in loss.metrics.values():
+        assert metric.shape in ((count,), ()) and not metric.requires_grad and metric.isfinite().all()
+    assert (loss.weight is not None) == function.declaration.model_weight
+    if loss.weight is not None:
+        assert loss.weight.shape == (count,) and not loss.weight.requires_grad and (loss.weight >= 0).all()
+    assert all(torch.equal(before[key], value) for key, value in inputs.items())
+    again = function(**inputs, **options(name))
+    assert torch.equal(again.values, loss.values)
+
+
+# dft holds its weight constant on purpose: the value's own slope is not its gradient
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "dft"])
+def test_its_gradient_is_that_of_finite_differences(name):
+    inputs = made_up(name)
+    keys = [key for key in differentiable(inputs) if key != "mean_logp"]
+
+    def values(*changed):
+        return objectives.get(name)(**{**inputs, **dict(zip(keys, changed, strict=True))}, **options(name)).values
+
+    assert torch.autograd.gradcheck(values, tuple(inputs[key] for key in keys))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_units_do_not_see_each_other(name):
+    inputs = made_up(name)
+    loss = objectives.get(name)(**inputs, **options(name))
+    part = {key: value[1:3] if value.dim() else value for key, value in inputs.items()}
+    torch.testing.assert_close(objectives.get(name)(**part, **options(name)).values, loss.values[1:3])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_without_any_unit_has_no_loss_and_a_finite_gradient(name):
+    inputs = made_up(name, units=0)
+    loss = objectives.get(name)(**inputs, **options(name))
+    assert loss.values.shape == (0,)
+    for key in differentiable(inputs):
+        assert gradient(loss.values, inputs[key]).numel() == 0
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if len(differentiable(made_up(name))) > 1])
+def test_shapes_that_would_broadcast_are_refused(name):
+    inputs = made_up(name)
+    for key in differentiable(inputs):
+        with pytest.raises(ValueError, match=key):
+            objectives.get(name)(**{**inputs, key: inputs[key][:1]}, **options(name))
+
+
+def lines_of(path):
+    """Lines of a YAML file that set something."""
+    return [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_example_is_complete_and_commented(name):
+    (path,) = CONFIGS.glob(f"*/{name}.yaml")
+    config = load(path)
+    terms = config.objective if isinstance(config.objective, list) else [config.objective]
+    terms = [{"name": term} if isinstance(term, str) else term for term in terms]
+    (mine,) = (term for term in terms if term["name"] == name)
+    assert set(signature(objectives.get(name)).hyperparameters) <= set(mine)
+    built = build_terms(config.objective, Available(columns=TOKEN_COLUMNS, teacher=config.teacher is not None))
+    assert name in [term.name for term in built] and all(math.isfinite(term.weight) for term in built)
+    assert config.trainer["output_dir"] == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_of_its_example_is_commented(name):
+    (path,) = CONFIGS.glob(f"*/{name}.yaml")
+    for line in lines_of(path):
+        section = line.rstrip().endswith(":")
+        assert section or re.search(r"\s# \S", line), line
