@@ -1,6 +1,18 @@
 """Statistics of the next-token distribution, computed without ever holding tokens x vocabulary logits."""
 
+from posttrain.kernels.dispatch import vocab_statistics
 from posttrain.kernels.head import LMHead
+from posttrain.kernels.loss import vocab_loss
+from posttrain.kernels.mapping import map_logits
 from posttrain.kernels.table import DETACHED, STATISTICS, TEACHER_STATISTICS, VocabStatistics
 
-__all__ = ["DETACHED", "STATISTICS", "TEACHER_STATISTICS", "LMHead", "VocabStatistics"]
+__all__ = [
+    "DETACHED",
+    "STATISTICS",
+    "TEACHER_STATISTICS",
+    "LMHead",
+    "VocabStatistics",
+    "map_logits",
+    "vocab_loss",
+    "vocab_statistics",
+]

@@ -1,0 +1,208 @@
+"""A token-local loss whose gradient is formed in the forward, while a block's logits are still in hand."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Unpack
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from posttrain.kernels.accumulation import BlockAccumulator, State, statistics
+from posttrain.kernels.checks import Options, Query, check_per_token, check_query
+from posttrain.kernels.coefficients import TileGradient, coefficients
+from posttrain.kernels.dispatch import answer
+from posttrain.kernels.first_order import first_order
+from posttrain.kernels.head import LMHead
+from posttrain.kernels.projection import Columns, Gradients, HeadTensors, Projection, Rows, Settings, autocast_off
+from posttrain.kernels.streamed import Models, teacher_projection
+from posttrain.kernels.table import DETACHED, VocabStatistics
+from posttrain.kernels.tiling import block_shape, slices
+
+Phi = Callable[..., Tensor]
+
+
+def vocab_loss(
+    hidden: Float[Tensor, "tokens width"],
+    head: LMHead,
+    targets: Int[Tensor, " tokens"],
+    wanted: Iterable[str],
+    phi: Phi,
+    weight: Float[Tensor, " tokens"],
+    *per_token: Tensor,
+    **options: Unpack[Options],
+) -> tuple[Float[Tensor, ""], VocabStatistics]:
+    """The sum of ``weight * phi(statistics, *per_token)`` and the statistics, detached.
+
+    A quarter less work than the same loss by `vocab_statistics`: tiles are computed once, not twice. In turn the
+    gradients of hidden states and head (in float32) exist from the forward on, and the backward may run only once.
+
+    Args:
+        hidden, head, targets, wanted: as in `vocab_statistics`.
+        phi: token-local: its value for a token depends on this token's statistics alone. It is called with the
+            `VocabStatistics` and the `per_token` of a block of tokens and returns (block,).
+        weight: (tokens,), a constant factor of each token.
+        per_token: tensors with leading dimension tokens, constants, cut into blocks for `phi`.
+        options: the keyword options of `vocab_statistics`.
+
+    Returns:
+        The loss, a scalar differentiable once with respect to hidden and the head's tensors, and the statistics.
+
+    Raises:
+        ValueError: as `vocab_statistics`; or `phi` does not return one value per token of its block, or `weight` and
+            `per_token` do not have one entry per token.
+        RuntimeError: a second backward through the same loss.
+    """
+    query = check_query(hidden, head, targets, wanted, **options)
+    if weight.ndim != 1:
+        raise ValueError(f"weight must be (tokens,) = ({hidden.shape[0]},), found {tuple(weight.shape)}")
+    constants = tuple(tensor.detach() for tensor in check_per_token(hidden, weight, *per_token))
+    if query.backend == "dense":
+        values = answer(hidden, head, query)
+        return _weighted_sum(phi, values, constants), values.detach()
+    settings = Settings.of(hidden, head, query.temperature)
+    teacher = teacher_projection(query, settings.result)
+    loss, *computed = _Loss.apply(
+        query, settings, teacher, phi, constants, torch.is_grad_enabled(), *HeadTensors.of(hidden, head)
+    )
+    return loss, query.answer(dict(zip(query.needed, computed, strict=True)))
+
+
+def _weighted_sum(phi: Phi, values: VocabStatistics, constants: tuple[Tensor, ...]) -> Tensor:
+    weight, *per_token = constants
+    losses = phi(values, *per_token)
+    if losses.shape != weight.shape:
+        raise ValueError(f"phi must return one value per token, ({weight.shape[0]},), found {tuple(losses.shape)}")
+    return (weight * losses).sum()
+
+
+class _Loss(torch.autograd.Function):
+    """(query, settings, teacher, phi, constants, grad mode, hidden, weight, bias, hidden2, matrix) -> loss, statistics.
+
+    The grad mode is an argument because it is always off in here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Query,
+        settings: Settings,
+        teacher: Projection | None,
+        phi: Phi,
+        constants: tuple[Tensor, ...],
+        with_gradient: bool,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        models = Models(Projection(HeadTensors(*tensors), settings), teacher)
+        needs = ctx.needs_input_grad[6:] if with_gradient else (False,) * len(tensors)
+        with autocast_off(tensors[0].device):
+            gradients = Gradients(models.student, needs, whole_weight=True)
+            loss, values = _forward(models, query, phi, constants, gradients)
+        ctx.sums = gradients.sums
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*values.values())
+        return loss, *values.values()
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 6
+        tensors = HeadTensors(*ctx.saved_tensors)
+        if incoming is None:
+            return *nothing, *(None for _ in tensors)
+        if ctx.sums is None:
+            raise RuntimeError(
+                "the gradients of this vocab_loss, formed in its forward, were used up by an earlier backward; "
+                "use vocab_statistics where one loss is differentiated twice"
+            )
+        sums, ctx.sums = ctx.sums, None
+        with torch.no_grad():
+            gradients = [
+                sums[name].mul_(incoming).to(tensor.dtype) if tensor is not None and name in sums else None
+                for name, tensor in tensors._asdict().items()
+            ]
+        return *nothing, *first_order(gradients, (*tensors, incoming))
+
+
+def _forward(
+    models: Models, query: Query, phi: Phi, constants: tuple[Tensor, ...], gradients: Gradients
+) -> tuple[Tensor, dict[str, Tensor]]:
+    student = models.student
+    device = student.tensors.hidden.device
+    rows_size, columns_size = block_shape(student.tokens, student.vocab, student.width, device)
+    loss = torch.zeros((), dtype=student.settings.result, device=device)
+    parts: list[dict[str, Tensor]] = []
+    for rows in slices(student.tokens, rows_size):
+        block = _Block(models, query.rows(rows), rows, columns_size)
+        state = block.collect()
+        values = statistics(state, block.query, student.vocab)
+        part, arrived = _differentiate(phi, block.query, values, tuple(c[rows] for c in constants), gradients)
+        loss += part
+        if arrived:
+            block.propagate(arrived, state, gradients)
+        parts.append(values)
+    return loss, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _differentiate(
+    phi: Phi, query: Query, values: Mapping[str, Tensor], constants: tuple[Tensor, ...], gradients: Gradients
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A block's part of the loss, and its derivatives by the statistics (none where no tensor wants a gradient)."""
+    if not gradients.sums:
+        return _weighted_sum(phi, query.answer(values), constants), {}
+    with torch.enable_grad():
+        leaves = {name: v.detach().requires_grad_(name not in DETACHED) for name, v in values.items()}
+        loss = _weighted_sum(phi, query.answer(leaves), constants)
+    free = [name for name in leaves if name not in DETACHED]
+    if not (loss.requires_grad and free):
+        return loss.detach(), {}
+    derivatives = torch.autograd.grad(loss, [leaves[name] for name in free], allow_unused=True)
+    return loss.detach(), {name: d for name, d in zip(free, derivatives, strict=True) if d is not None}
+
+
+class _Block:
+    """Some tokens with their full rows of z, and the teacher's."""
+
+    def __init__(self, models: Models, query: Query, rows: slice, columns_size: int) -> None:
+        self.models, self.query, self.rows = models, query, rows
+        student, teacher = models
+        self.columns = list(slices(student.vocab, columns_size))
+        self.operands = student.rows(rows)
+        self.z_NV = self._logits(student, self.operands)
+        self.teacher_z_NV = None if teacher is None else self._logits(teacher, teacher.rows(rows))
+
+    def _logits(self, projection: Projection, rows: Rows) -> Float[Tensor, "rows vocab"]:
+        shape = (rows.hidden_ND.shape[0], projection.vocab)
+        z_NV = torch.empty(shape, dtype=projection.settings.result, device=rows.hidden_ND.device)
+        for columns in self.columns:
+            projection.logits(rows, projection.columns(columns), out=z_NV[:, columns])
+        return z_NV
+
+    def collect(self) -> State:
+        """The sums over the vocabulary; the logits stay."""
+        accumulator = BlockAccumulator(self.query, self.z_NV.dtype)
+        for is_second in (False, True) if "jsd" in self.query.needed else (False,):
+            for columns in self.columns:
+                z_NV = self.z_NV[:, columns].clone()
+                teacher_z_NV = None if self.teacher_z_NV is None else self.teacher_z_NV[:, columns].clone()
+                if not is_second:
+                    accumulator.update(z_NV, teacher_z_NV, columns.start)
+                elif teacher_z_NV is not None:
+                    accumulator.update_mixture(z_NV, teacher_z_NV)
+        return accumulator.state()
+
+    def propagate(self, arrived: Mapping[str, Tensor], state: State, gradients: Gradients) -> None:
+        """Adds the gradients of this block; the logits are used up."""
+        student = self.models.student
+        found = coefficients(arrived, state, self.query, student.vocab)
+        tile_gradient = TileGradient(found, state, self.query.jsd_beta, slice(None))
+        for columns in self.columns:
+            z_NV = self.z_NV[:, columns]
+            slope_NV = student.softcap_slope(z_NV)
+            teacher_z_NV = None if self.teacher_z_NV is None else self.teacher_z_NV[:, columns]
+            dz_NV = tile_gradient(z_NV, teacher_z_NV, columns.start)
+            if slope_NV is not None:
+                dz_NV.mul_(slope_NV)
+            operands: Columns = student.columns(columns)
+            gradients.open(columns)
+            gradients.add(dz_NV, self.operands, operands, self.rows, columns)
+            gradients.close(columns)

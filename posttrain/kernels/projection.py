@@ -1,0 +1,230 @@
+"""From hidden states to tiles of logits, and from gradients of tiles back to hidden states and head.
+
+Suffixes: N tokens of a tile, V vocabulary entries of a tile, D width, R rank of an adapter on the head.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from posttrain.kernels.head import LMHead
+
+
+class HeadTensors(NamedTuple):
+    """The tensors of hidden states and head, in the order in which autograd functions take them."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    hidden2: Tensor | None
+    matrix: Tensor | None
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: LMHead) -> "HeadTensors":
+        return cls(hidden, head.weight, head.bias, *(head.low_rank or (None, None)))
+
+
+def operand_dtype(hidden: Tensor, head: LMHead) -> torch.dtype:
+    """What the operands of the products are rounded to: autocast's dtype, else what the tensors promote to."""
+    dtype = hidden.dtype
+    for tensor in HeadTensors.of(hidden, head)[1:]:
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    device = hidden.device.type
+    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[object]:
+    """Within it products give the dtype they are written for; autocast has had its say in `operand_dtype`."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, sums and statistics for operands of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of a projection, fixed when the forward starts.
+
+    Args:
+        scale, softcap: of the head.
+        temperature: of the call.
+        operand: dtype to which the operands of every product are rounded.
+        product: dtype in which the operands are then multiplied.
+        result: dtype of logit tiles, sums and statistics.
+    """
+
+    scale: float
+    softcap: float | None
+    temperature: float
+    operand: torch.dtype
+    product: torch.dtype
+    result: torch.dtype
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: LMHead, temperature: float, result: torch.dtype | None = None) -> "Settings":
+        operand = operand_dtype(hidden, head)
+        result = result or statistics_dtype(operand)
+        # Tensor cores multiply half precision exactly and add in float32. Elsewhere the product itself is float32.
+        in_half = hidden.device.type == "cuda" and operand in (torch.float16, torch.bfloat16)
+        product = operand if in_half and result == torch.float32 else result
+        return cls(head.scale, head.softcap, temperature, operand, product, result)
+
+    @property
+    def factor(self) -> float:
+        """dz / d(product) apart from the softcap's own slope."""
+        return self.scale / self.temperature
+
+    def convert(self, tensor: Tensor) -> Tensor:
+        """The tensor as an operand; no copy where it already is one."""
+        return tensor.to(self.operand).to(self.product)
+
+
+class Rows(NamedTuple):
+    """The operands of some tokens."""
+
+    hidden_ND: Tensor
+    hidden2_NR: Tensor | None
+
+
+class Columns(NamedTuple):
+    """The operands of some vocabulary entries."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    matrix_VR: Tensor | None
+
+
+class Projection:
+    """Logit tiles of (hidden, head); nothing larger than a tile is converted or computed."""
+
+    def __init__(self, tensors: HeadTensors, settings: Settings) -> None:
+        self.tensors = tensors
+        self.settings = settings
+        self.tokens, self.width = tensors.hidden.shape
+        self.vocab = tensors.weight.shape[0]
+
+    def rows(self, rows: slice) -> Rows:
+        hidden2 = self.tensors.hidden2
+        convert = self.settings.convert
+        return Rows(convert(self.tensors.hidden[rows]), None if hidden2 is None else convert(hidden2[rows]))
+
+    def columns(self, columns: slice) -> Columns:
+        _, weight, bias, _, matrix = self.tensors
+        settings = self.settings
+        return Columns(
+            settings.convert(weight[columns]),
+            None if bias is None else bias[columns].to(settings.operand).to(settings.result),
+            None if matrix is None else settings.convert(matrix[columns]),
+        )
+
+    def logits(
+        self, rows: Rows, columns: Columns, out: Float[Tensor, "rows columns"] | None = None
+    ) -> Float[Tensor, "rows columns"]:
+        """The tile of z, in memory of its own (or `out`) that the caller may overwrite."""
+        settings = self.settings
+        z_NV = _product(rows.hidden_ND, columns.weight_VD.T, settings.result, out)
+        if rows.hidden2_NR is not None and columns.matrix_VR is not None:
+            _add_product(z_NV, rows.hidden2_NR, columns.matrix_VR.T, 1.0)
+        if columns.bias_V is not None:
+            z_NV.add_(columns.bias_V)
+        if settings.softcap is not None:
+            return z_NV.mul_(settings.scale / settings.softcap).tanh_().mul_(settings.softcap / settings.temperature)
+        return z_NV if settings.factor == 1.0 else z_NV.mul_(settings.factor)
+
+    def softcap_slope(self, z_NV: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"] | None:
+        """The derivative of the softcap at a tile of z: 1 - (capped / softcap)^2; None where there is no cap."""
+        if self.settings.softcap is None:
+            return None
+        tanh_NV = z_NV * (self.settings.temperature / self.settings.softcap)
+        return tanh_NV.square_().neg_().add_(1.0)
+
+
+class Gradients:
+    """Gradients of the tensors of a projection, summed over tiles in the dtype of its results.
+
+    Args:
+        projection: whose tensors.
+        needs: which of its tensors want a gradient.
+        whole_weight: whether tiles of the same vocabulary entries come apart in time. If they come together (True is
+            not needed) the weight's sums are held for one slice of the vocabulary only, then rounded to its dtype.
+    """
+
+    def __init__(self, projection: Projection, needs: Sequence[bool], *, whole_weight: bool) -> None:
+        self.projection = projection
+        result = projection.settings.result
+        self.whole_weight = whole_weight or projection.tensors.weight.dtype == result
+        self.sums: dict[str, Tensor] = {}
+        for (name, tensor), needed in zip(projection.tensors._asdict().items(), needs, strict=True):
+            if needed and tensor is not None:
+                dtype = result if name != "weight" or self.whole_weight else tensor.dtype
+                self.sums[name] = torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
+        self.weight_slice: Tensor | None = None
+
+    def open(self, columns: slice) -> None:
+        """Tiles of these vocabulary entries follow."""
+        if "weight" in self.sums:
+            held = self.sums["weight"][columns]
+            result = self.projection.settings.result
+            self.weight_slice = held if self.whole_weight else torch.zeros_like(held, dtype=result)
+
+    def close(self, columns: slice) -> None:
+        """No further tile of these vocabulary entries follows (before the next `open`)."""
+        if self.weight_slice is not None and not self.whole_weight:
+            self.sums["weight"][columns] = self.weight_slice
+        self.weight_slice = None
+
+    def add(
+        self,
+        dz_NV: Float[Tensor, "rows columns"],
+        rows: Rows,
+        columns: Columns,
+        row_slice: slice,
+        column_slice: slice,
+    ) -> None:
+        """Adds what a tile's gradient (with respect to z over the softcap's slope) contributes."""
+        settings, sums = self.projection.settings, self.sums
+        factor = settings.factor
+        operand_NV = dz_NV.to(settings.product)
+        if "hidden" in sums:
+            _add_product(sums["hidden"][row_slice], operand_NV, columns.weight_VD, factor)
+        if self.weight_slice is not None:
+            _add_product(self.weight_slice, operand_NV.T, rows.hidden_ND, factor)
+        if "bias" in sums:
+            sums["bias"][column_slice].add_(dz_NV.sum(0), alpha=factor)
+        if "hidden2" in sums and columns.matrix_VR is not None:
+            _add_product(sums["hidden2"][row_slice], operand_NV, columns.matrix_VR, factor)
+        if "matrix" in sums and rows.hidden2_NR is not None:
+            _add_product(sums["matrix"][column_slice], operand_NV.T, rows.hidden2_NR, factor)
+
+    def finish(self) -> tuple[Tensor | None, ...]:
+        """The gradients in the dtypes of their tensors, None where none is needed."""
+        tensors = self.projection.tensors._asdict()
+        return tuple(
+            self.sums[name].to(tensor.dtype) if tensor is not None and name in self.sums else None
+            for name, tensor in tensors.items()
+        )
+
+
+def _product(left: Tensor, right: Tensor, result: torch.dtype, out: Tensor | None) -> Tensor:
+    if left.dtype == result:
+        return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
+    product = torch.mm(left, right, out_dtype=result)
+    return product if out is None else out.copy_(product)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=factor)
+    else:
+        total.add_(torch.mm(left, right, out_dtype=total.dtype), alpha=factor)
