@@ -20,12 +20,15 @@ RECORD_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 BEFORE_FILE, AFTER_FILE = "evaluation_before.json", "evaluation_after.json"
 ITEMS_BEFORE_FILE, ITEMS_AFTER_FILE = "evaluation_before_items.jsonl", "evaluation_after_items.jsonl"
+EVALUATION_FILE, EVALUATION_ITEMS_FILE = "evaluation.json", "evaluation_items.jsonl"
 CURVES_FILE, PASS_AT_K_FILE = "training_curves.png", "pass_at_k.png"
 
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "flash-attn")
 
 _RUN_FILES = (CONFIG_FILE, RECORD_FILE, METRICS_FILE, BEFORE_FILE, AFTER_FILE, ITEMS_BEFORE_FILE, ITEMS_AFTER_FILE,
-              CURVES_FILE, PASS_AT_K_FILE)  # fmt: skip
+              CURVES_FILE)  # fmt: skip
+# Left by `evaluate` too, which may come before training and makes no run.
+_EVALUATION_FILES = (EVALUATION_FILE, EVALUATION_ITEMS_FILE, PASS_AT_K_FILE)
 _MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin", "adapter_config.json", "adapter_model*")
 
 
@@ -130,6 +133,9 @@ def guard_output_dir(path: str | Path, *, resume: bool | str = False, overwrite:
         )
     for file in held:
         shutil.rmtree(file) if file.is_dir() else file.unlink()
+    if held:
+        for name in _EVALUATION_FILES:
+            (folder / name).unlink(missing_ok=True)
     return None
 
 

@@ -9,10 +9,10 @@ from rich.table import Table
 PIPE_WIDTH = 200
 
 
-def console() -> Console:
-    """Standard output; a pipe or a file gets lines as long as they need to be."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+def console(*, stderr: bool = False) -> Console:
+    """Standard output (or error); a pipe or a file gets lines as long as they need to be."""
+    found = Console(highlight=False, stderr=stderr)
+    return found if found.is_terminal else Console(highlight=False, stderr=stderr, width=PIPE_WIDTH)
 
 
 def print_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,0 +1,240 @@
+"""The steps of a training run and of an evaluation, from a resolved configuration to files."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from posttrain import run_record
+from posttrain.config import ModelConfig, RunConfig, peft_config, trainer_config_class
+from posttrain.config.resolve import on_cpu
+from posttrain.evaluation import Report, evaluate, plot_pass_at_k
+from posttrain.loading import load_evaluation_sources, load_model, load_rows, load_tokenizer
+from posttrain.metrics_log import MetricsLog, plot_curves, read
+
+logger = logging.getLogger(__name__)
+
+# Engines that hold a part of the weights each, or wrap the model only when training begins: one process cannot run
+# their model alone.
+SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training run left behind; the reports are None where nothing was evaluated and on other processes."""
+
+    is_main_process: bool
+    before: Report | None
+    after: Report | None
+    paths: Mapping[str, Path]
+
+
+@dataclass
+class Run:
+    """A training run that is ready to start."""
+
+    config: RunConfig
+    args: Any
+    tokenizer: PreTrainedTokenizerBase
+    trainer: Any
+    sources: Mapping[str, Any]
+    checkpoint: str | None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.output_dir)
+
+
+def prepare(config: RunConfig) -> Run:
+    """Check the output folder, load everything, and build the trainer.
+
+    Args:
+        config: resolved.
+    Raises:
+        ValueError: no training data, a folder that holds another run, or anything that loading or the trainer refuses.
+    """
+    if config.data.train is None:
+        raise ValueError("data.train is missing; name a path or a task to train on.")
+    # before the model: under ZeRO-3 this is what makes from_pretrained shard while it loads
+    args = trainer_config_class(config.method)(**config.trainer)
+    set_seed(args.seed)
+    checkpoint = _guard(config)
+    tokenizer = load_tokenizer(config.tokenizer, config.model)
+    with PartialState().main_process_first():
+        train_rows = load_rows(config.data.train, tokenizer, key="data.train")
+        eval_rows = load_rows(config.data.eval, tokenizer, key="data.eval") if config.data.eval is not None else None
+        sources = load_evaluation_sources(config.evaluation.data or (), tokenizer)
+    trainer = _trainer(config, args, tokenizer, train_rows, eval_rows)
+    return Run(config, args, tokenizer, trainer, sources, checkpoint)
+
+
+def train(config: RunConfig) -> Outcome:
+    """Train, save and evaluate as a configuration says.
+
+    Args:
+        config: resolved.
+    """
+    run = prepare(config)
+    state = PartialState()
+    if state.is_main_process:
+        kind = str(run.trainer.accelerator.distributed_type.value)
+        run_record.write(config, processes=state.num_processes, distributed_type=kind, seed=run.args.seed)
+    before = _evaluate_base(run) if run.sources and config.evaluation.before else None
+    metrics = run.folder / run_record.METRICS_FILE
+    run.trainer.add_callback(MetricsLog(metrics))
+    # evaluating the base draws random numbers on one process; training must not depend on whether it did
+    set_seed(run.args.seed)
+    run.trainer.train(resume_from_checkpoint=run.checkpoint)
+    run.trainer.save_model()
+    if run.args.push_to_hub:
+        run.trainer.push_to_hub()
+    after = _evaluate_trained(run) if run.sources else None
+    paths = {"model": run.folder, "metrics": metrics}
+    if state.is_main_process:
+        curves = plot_curves(read(metrics), run.folder / run_record.CURVES_FILE)
+        paths |= {"training curves": curves} if curves else {}
+        paths |= _write_reports(run.folder, before, after)
+    state.wait_for_everyone()
+    return Outcome(state.is_main_process, before, after, paths)
+
+
+def evaluate_only(config: RunConfig) -> tuple[Report, Mapping[str, Path]] | None:
+    """Evaluate the configuration's model on its evaluation data, on the main process.
+
+    Returns:
+        the report and where it was written; None on other processes.
+    Raises:
+        ValueError: there is no evaluation data, or the folder holds an evaluation already.
+    """
+    if not config.evaluation.data:
+        raise ValueError("evaluation.data is missing, and data.eval as well; name a path or a task to evaluate on.")
+    folder = Path(config.trainer["output_dir"])
+    written = folder / run_record.EVALUATION_FILE
+    if written.exists() and not config.overwrite:
+        raise ValueError(
+            f"trainer.output_dir {str(folder)!r} already holds an evaluation ({written.name}); name another folder, or "
+            "set overwrite=true to replace it."
+        )
+    if not PartialState(cpu=on_cpu()).is_main_process:
+        return None
+    tokenizer = load_tokenizer(config.tokenizer, config.model)
+    sources = load_evaluation_sources(config.evaluation.data, tokenizer)
+    report = _report(_placed(load_model(config.model), PartialState().device), tokenizer, sources, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = _write_report(folder, report, run_record.EVALUATION_FILE, run_record.EVALUATION_ITEMS_FILE)
+    return report, {"evaluation": written} | _plot(folder, None, report)
+
+
+def _guard(config: RunConfig) -> str | None:
+    """The main process looks first and may clear the folder; then all agree on the checkpoint."""
+    state = PartialState()
+    folder = config.trainer["output_dir"]
+    if state.is_main_process:
+        run_record.guard_output_dir(folder, resume=config.resume, overwrite=config.overwrite)
+    state.wait_for_everyone()
+    return run_record.guard_output_dir(folder, resume=config.resume) if config.resume else None
+
+
+def _trainer(config: RunConfig, args: Any, tokenizer: Any, train_rows: Any, eval_rows: Any) -> Any:
+    from posttrain.trainers import SupervisedTrainer
+
+    teacher = load_model(config.teacher, key="teacher") if config.teacher is not None else None
+    return SupervisedTrainer(
+        model=load_model(config.model),
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=peft_config(config.peft),
+        objective=config.objective,
+        teacher=teacher,
+    )
+
+
+def _is_sharded(run: Run) -> bool:
+    return run.trainer.accelerator.distributed_type.value in SHARDED
+
+
+def _evaluate_base(run: Run) -> Report | None:
+    """Of the trainer's own model, or loaded anew where the engine keeps that one to itself."""
+    return _on_main_process(run, run.config.model if _is_sharded(run) else None)
+
+
+def _evaluate_trained(run: Run) -> Report | None:
+    saved = dataclasses.replace(run.config.model, name_or_path=str(run.folder))
+    return _on_main_process(run, saved if _is_sharded(run) else None)
+
+
+def _on_main_process(run: Run, load: ModelConfig | None) -> Report | None:
+    accelerator = run.trainer.accelerator
+    report = None
+    if accelerator.is_main_process:
+        if load is None:
+            # without the wrapper that mixed precision put around forward, as the saved model will run
+            model = accelerator.unwrap_model(run.trainer.model, keep_fp32_wrapper=False)
+        else:
+            with _whole_weights(run.args):
+                model = _placed(load_model(load), accelerator.device)
+        report = _report(model, run.tokenizer, run.sources, run.config)
+        del model
+    accelerator.wait_for_everyone()
+    return report
+
+
+@contextmanager
+def _whole_weights(args: Any) -> Iterator[None]:
+    """ZeRO-3 shards what is loaded while it is on, and would wait for the other processes."""
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    with plugin.zero3_init_context_manager(enable=False):
+        yield
+
+
+def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """On its device, unless loading has placed it already (a device map, quantised weights)."""
+    placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    return model if placed else model.to(device)  # type: ignore[arg-type]
+
+
+def _report(model: Any, tokenizer: Any, sources: Mapping[str, Any], config: RunConfig) -> Report:
+    options = {
+        item.name: getattr(config.evaluation, item.name)
+        for item in dataclasses.fields(config.evaluation)
+        if item.name not in ("data", "before")
+    }
+    return evaluate(model, tokenizer, sources, **options, progress=True)
+
+
+def _write_reports(folder: Path, before: Report | None, after: Report | None) -> dict[str, Path]:
+    paths: dict[str, Path] = {}
+    if before is not None:
+        paths["evaluation before"] = _write_report(folder, before, run_record.BEFORE_FILE, run_record.ITEMS_BEFORE_FILE)
+    if after is not None:
+        paths["evaluation after"] = _write_report(folder, after, run_record.AFTER_FILE, run_record.ITEMS_AFTER_FILE)
+        paths |= _plot(folder, before, after)
+    return paths
+
+
+def _write_report(folder: Path, report: Report, name: str, items_name: str) -> Path:
+    path = folder / name
+    path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    with (folder / items_name).open("w", encoding="utf-8") as file:
+        for item in report.items():
+            file.write(json.dumps(item, ensure_ascii=False, default=str) + "\n")
+    return path
+
+
+def _plot(folder: Path, before: Report | None, after: Report) -> dict[str, Path]:
+    if all(source.correct is None for source in after.sources.values()):
+        return {}
+    return {"pass@k": plot_pass_at_k(before, after, folder / run_record.PASS_AT_K_FILE)}
