@@ -42,10 +42,13 @@ def model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) 
 
 
 def rows(count: int = 8) -> list[dict[str, object]]:
-    """Prompts and completions of ragged lengths, with a number a row."""
+    """Prompts and completions of ragged lengths, with a number a row.
+
+    No two rows share a prefix: equal probabilities would make a quantile fall on a tie that rounding decides.
+    """
     return [
         {
-            "prompt": "abc"[: 1 + i % 3] + "=",
+            "prompt": "hgfedcba"[i] + "abc"[: i % 3] + "=",
             "completion": "0123456789"[: 1 + (3 * i) % 7],
             "score": float(i) / 4,
         }

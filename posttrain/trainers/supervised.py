@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from posttrain.binding import Side
 from posttrain.data.collation import ROW_NUMBER
 from posttrain.data.preparation import column_names, finish, number_rows, without_truncation
-from posttrain.modeling import VocabRequest, attach, refuse_unsupported
+from posttrain.modeling import VocabRequest, attach
 from posttrain.terms import Available, Objective, Term, build_terms
 from posttrain.trainers import trl_adapter
 from posttrain.trainers.base import ObjectiveMixin
@@ -70,6 +70,7 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):
         self._sequence_term = next((term.name for term in terms if _needs_sequences(term)), None)
         _check_eval_columns(eval_dataset, self._columns)
         _check_packing(args, self._sequence_term, self._columns)
+        trl_adapter.refuse_prompt_learning(model, peft_config)
         if peft_config is not None and trl_adapter.adapts_head(peft_config, model):
             model, peft_config = trl_adapter.with_head_adapter(model, args, peft_config), None
         with trl_adapter.hidden_head_adapter(model):
@@ -81,7 +82,6 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):
                 peft_config=peft_config,
                 **kwargs,
             )
-        refuse_unsupported(self.model)
         trl_adapter.refuse_parallelism(self.accelerator)
         vocab_size = self.model.config.get_text_config().vocab_size
         self.data_collator = trl_adapter.own_collator(self.data_collator, self._columns, vocab_size)

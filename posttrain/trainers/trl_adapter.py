@@ -53,6 +53,17 @@ def refuse_parallelism(accelerator: Any) -> None:
             )
 
 
+def refuse_prompt_learning(model: Any, config: PeftConfig | None) -> None:
+    """Virtual tokens shift every position against the indices that the collator worked out."""
+    configs = [config] if config else list(model.peft_config.values()) if isinstance(model, PeftModel) else []
+    for one in configs:
+        if one.is_prompt_learning:
+            raise ValueError(
+                f"peft is {one.peft_type.value}, whose virtual tokens shift every position; use an adapter on weights, "
+                "such as LORA."
+            )
+
+
 def adapts_head(config: PeftConfig | None, model: Any) -> bool:
     """Whether a PEFT configuration puts an adapter on the output embedding."""
     targets = getattr(config, "target_modules", None)

@@ -52,7 +52,7 @@ def config(output: str, batch: int, accumulation: int, **options: object) -> SFT
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         **options,
     }
     return SFTConfig(output, **settings)
@@ -76,8 +76,19 @@ def step(objective, dtype: torch.dtype, batch: int, accumulation: int, rows=None
     return trainer, gradients.found, before
 
 
+def without_compiling() -> None:
+    """DeepSpeed would compile a shared-memory collective at its first launch on a CPU, a minute a machine."""
+    from accelerate.utils import is_deepspeed_available
+
+    if is_deepspeed_available():
+        from deepspeed import ops
+
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main() -> None:
     """Entry of the launched processes."""
+    without_compiling()
     out, objective, dtype, batch, accumulation = sys.argv[1:6]
     options = json.loads(sys.argv[6]) if len(sys.argv) > 6 else {}
     trainer, gradients, before = step(
