@@ -1,12 +1,15 @@
 """Reading a parameter that an engine may have sharded, and finding the model below an engine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +29,9 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     """
     inner: nn.Module | None = model
     while inner is not None and not isinstance(inner, PreTrainedModel):
-        children = (getattr(inner, name, None) for name in ("module", "_orig_mod", "base_model", "model"))
-        inner = next((child for child in children if isinstance(child, nn.Module)), None)
+        # Registered children only: PEFT's attributes fall through to the model inside, whose base_model is no wrapper.
+        children = (inner._modules.get(name) for name in ("module", "_orig_mod", "base_model", "model"))
+        inner = next((child for child in children if child is not None), None)
     if inner is None:
         raise TypeError(
             f"{type(model).__name__} holds no Hugging Face model; pass a causal LM or a wrapper around one."
@@ -50,32 +54,41 @@ def backbone_modules(model: nn.Module) -> BackboneModules:
     return BackboneModules(base, backbone, head)
 
 
+def call_in_place_of(module: nn.Module, forward: Callable[[Tensor], Result], hidden: Tensor) -> Result:
+    """Calls a module with its forward replaced.
+
+    The hooks of FSDP2 and ZeRO-3 then gather the module's parameters around ``forward``, gather them again for its
+    backward, and reduce their gradients, just as for the module's own forward. Its result must be a dictionary, tuple
+    or list, in which they look for tensors.
+    """
+    found = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        return module(hidden)
+    finally:
+        del module.forward
+        if found is not None:
+            module.forward = found
+
+
 def whole(parameter: Tensor) -> Tensor:
     """The full parameter as a plain tensor that autograd may keep until the backward.
 
-    To be called inside the forward of the wrapped model, once per forward.
+    To be called where the engine has gathered the parameter, that is within `call_in_place_of` its module.
 
     Raises:
-        RuntimeError: a ZeRO-3 shard outside the engine's forward while gradients are on.
+        RuntimeError: a ZeRO-3 shard, because the model was not called through its engine.
     """
     if isinstance(parameter, DTensor):
-        # Without grad_placements, the gradient of a parameter whose unit is not unsharded is never reduced: FSDP
-        # averages over the ranks, and so must this.
+        # Sharded by something other than a unit of FSDP. Without grad_placements its gradient would not be reduced;
+        # FSDP averages over the ranks, and so must this.
         return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
     status = getattr(parameter, "ds_status", None)
-    # Inside the engine's forward, reading a module's attribute has gathered the parameter already and the engine
-    # gathers it again for the backward. Gathering a second time would free it under its other users.
-    if status is None or status.name == "AVAILABLE":
-        return parameter
-    if torch.is_grad_enabled() and parameter.requires_grad:
+    if status is not None and status.name != "AVAILABLE":
         raise RuntimeError(
-            "The head is a ZeRO-3 shard that the engine has not gathered; call the model through its DeepSpeed engine, "
-            "or without gradients."
+            "The head is a ZeRO-3 shard that is not gathered; call the model through its DeepSpeed engine."
         )
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().clone()
+    return parameter
 
 
 def is_sharded(model: nn.Module) -> bool:

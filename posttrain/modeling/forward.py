@@ -8,8 +8,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 from posttrain.kernels import LMHead, vocab_statistics
 from posttrain.modeling.engines import backbone_modules, causal_lm
-from posttrain.modeling.head import detached, read_head, refuse_vision_model
+from posttrain.modeling.head import detached, refuse_vision_model, with_head
 from posttrain.modeling.request import VocabOutput, VocabRequest, on_device
 
 _PREVIOUS = "_forward_before_vocab_request"
@@ -94,44 +93,35 @@ def _answer(model: PreTrainedModel, inputs: dict[str, Any], request: VocabReques
     router_logits = _wants_router_logits(model, inputs)
     if router_logits:
         inputs["output_router_logits"] = True
-    parts = backbone_modules(model)
-    outputs = parts.backbone(**inputs)
+    outputs = backbone_modules(model).backbone(**inputs)
     aux_loss = _load_balancing_loss(model, outputs, inputs.get("attention_mask")) if router_logits else None
-    answer = _score(model, parts.head, outputs[0], request)
+    answer = _score(model, outputs[0], request)
     answer["aux_loss"] = aux_loss
     return answer
 
 
 @torch.compiler.disable
-def _score(model: PreTrainedModel, head: nn.Module, last_hidden: Tensor, request: VocabRequest) -> VocabOutput:
-    """Selects the positions and runs the kernels within a call of the head module.
-
-    Calling the module, with its forward replaced, lets the hooks of FSDP2 and ZeRO-3 gather and free its weights around
-    the kernels just as around the linear layer it is.
-    """
+def _score(model: PreTrainedModel, last_hidden: Tensor, request: VocabRequest) -> VocabOutput:
+    """Selects the positions and runs the kernels where the head's parameters are whole."""
     index = on_device(request.target_index, last_hidden.device)
     selected = last_hidden.flatten(0, 1).index_select(0, index)
 
-    def compute(hidden: Tensor) -> dict[str, Any]:
-        read = read_head(model, hidden)
+    def compute(hidden: Tensor, head: LMHead) -> dict[str, Any]:
         answer: dict[str, Any] = {}
-        # A model split over devices may keep its head elsewhere than its last layer.
-        hidden = hidden.to(read.weight.device)
         if request.groups or request.compute:
-            answer["statistics"] = _statistics(hidden, read, request)
+            answer["statistics"] = _statistics(hidden, head, request)
         if request.return_hidden:
             answer["hidden"] = hidden
         if request.return_head:
-            answer["head"] = detached(read, model)
+            answer["head"] = detached(head, model)
         return answer
 
-    with _forward_replaced(head, compute):
-        return VocabOutput(**head(selected))
+    return VocabOutput(**with_head(model, selected, compute))
 
 
 def _statistics(hidden: Tensor, head: LMHead, request: VocabRequest) -> tuple[dict[str, Tensor], ...]:
     if request.compute is not None:
-        return (dict(request.compute(hidden, head)),)
+        return (_own_storage(request.compute(hidden, head)),)
     targets = on_device(request.targets, hidden.device)
     answers = []
     for group in request.groups:
@@ -149,20 +139,13 @@ def _statistics(hidden: Tensor, head: LMHead, request: VocabRequest) -> tuple[di
             budget=request.budget,
             backend=request.backend,
         )
-        answers.append(statistics.as_dict())
+        answers.append(_own_storage(statistics.as_dict()))
     return tuple(answers)
 
 
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    found = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if found is not None:
-            module.forward = found
+def _own_storage(statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, none of them a view: writing into a view would drop the hooks that engines place on outputs."""
+    return {name: value if value._base is None else value.clone() for name, value in statistics.items()}
 
 
 def _wants_router_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:

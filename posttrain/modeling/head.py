@@ -1,6 +1,8 @@
 """From a Hugging Face model to the `LMHead` of the kernels."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -9,8 +11,10 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from posttrain.kernels.head import LMHead
-from posttrain.modeling.adapters import head_linear, low_rank_addition
-from posttrain.modeling.engines import is_sharded, whole
+from posttrain.modeling.adapters import HeadAdapter, head_layers, with_low_rank
+from posttrain.modeling.engines import backbone_modules, call_in_place_of, causal_lm, is_sharded, whole
+
+Result = TypeVar("Result")
 
 # Config attributes that multiply the logits, and those that divide them.
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -57,31 +61,54 @@ def logit_softcap(config: PreTrainedConfig) -> float | None:
     return next((float(value) for value in values if value), None)
 
 
-def read_head(model: PreTrainedModel, hidden: Float[Tensor, "tokens width"]) -> LMHead:
-    """The head as it stands, with the active adapters applied to these hidden states; differentiable.
+def with_head(
+    model: PreTrainedModel, hidden: Float[Tensor, "tokens width"], function: Callable[[Tensor, LMHead], Result]
+) -> Result:
+    """Calls ``function(hidden, head)`` where the head's parameters are whole; see `call_in_place_of`.
 
-    Called inside the model's forward, so that sharded parameters can be gathered (once) and their gradients reduced.
-
-    Args:
-        model: the causal LM itself, below PEFT and engines.
-        hidden: (tokens, width), last hidden states of the tokens to score.
+    The hidden states it gets are on the head's device, which may differ from the last layer's.
 
     Raises:
         ValueError: a quantised or offloaded head, or an adapter on it other than plain LoRA and modules_to_save.
     """
-    module = model.get_output_embeddings()
-    if module is None:
-        raise ValueError(f"{type(model).__name__} has no output embeddings; load it with AutoModelForCausalLM.")
-    linear, adapted = head_linear(module)
-    weight = _in_dtype_of(hidden, linear.weight)
-    bias = None if linear.bias is None else _in_dtype_of(hidden, linear.bias)
-    addition = None if adapted is None else low_rank_addition(adapted, hidden.to(weight.device))
-    low_rank = None
-    if addition is not None:
-        low_rank = (addition.hidden2, addition.B)
-        if addition.bias is not None:
-            bias = addition.bias if bias is None else bias + addition.bias
-    return LMHead(weight, bias, logit_scale(model.config), logit_softcap(model.config), low_rank)
+    layers = head_layers(backbone_modules(model).head)
+    scale, softcap = logit_scale(model.config), logit_softcap(model.config)
+
+    def inside_linear(hidden: Tensor) -> Result:
+        weight = whole(layers.linear.weight)
+        bias = None if layers.linear.bias is None else whole(layers.linear.bias)
+        hidden = hidden.to(weight.device)
+        if layers.lora is None:
+            return function(hidden, LMHead(weight, bias, scale, softcap))
+
+        def inside_adapters(adapter: HeadAdapter | None) -> Result:
+            if adapter is None:
+                return function(hidden, LMHead(weight, bias, scale, softcap))
+            biases = [part for part in (bias, adapter.bias) if part is not None]
+            total = torch.stack(biases).sum(0) if biases else None
+            return function(hidden, LMHead(weight, total, scale, softcap, (adapter.hidden2, adapter.B)))
+
+        return with_low_rank(layers.lora, hidden, inside_adapters)
+
+    if layers.wrapper is None:
+        return call_in_place_of(layers.linear, inside_linear, hidden)
+    return call_in_place_of(layers.wrapper, lambda x: call_in_place_of(layers.linear, inside_linear, x), hidden)
+
+
+def read_head(model: PreTrainedModel, hidden: Float[Tensor, "tokens width"]) -> LMHead:
+    """The head as it stands, with the active adapters applied to these hidden states; differentiable.
+
+    For a model in one piece; under an engine that shards it, ask through the forward (`VocabRequest.return_head`).
+
+    Args:
+        model: the causal LM, or a wrapper around it.
+        hidden: (tokens, width), last hidden states of the tokens to score.
+
+    Raises:
+        ValueError: a quantised or offloaded head, or an adapter on it other than plain LoRA and modules_to_save.
+        RuntimeError: the head is sharded.
+    """
+    return with_head(causal_lm(model), hidden, lambda _, head: {"head": head})["head"]
 
 
 def detached(head: LMHead, model: nn.Module) -> LMHead:
@@ -94,11 +121,3 @@ def detached(head: LMHead, model: nn.Module) -> LMHead:
     bias = None if head.bias is None else keep(head.bias)
     low_rank = None if head.low_rank is None else (head.low_rank[0].detach(), keep(head.low_rank[1]))
     return dataclasses.replace(head, weight=keep(head.weight), bias=bias, low_rank=low_rank)
-
-
-def _in_dtype_of(hidden: Tensor, parameter: Tensor) -> Tensor:
-    """The full parameter; where FSDP computes in another dtype than it stores and autocast is off, in that dtype."""
-    gathered = whole(parameter)
-    if gathered is parameter or torch.is_autocast_enabled(hidden.device.type):
-        return gathered
-    return gathered.to(hidden.dtype)

@@ -41,12 +41,12 @@ FAMILIES: dict[str, dict[str, object]] = {
     "gemma2": {**_SMALL, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
     "gemma3_text": {**_SMALL, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
     "granite": {**_SMALL, "logits_scaling": 3.0},
+    "hyperclovax": {**_SMALL, "logits_scaling": 3.0},
     "cohere": {**_SMALL, "logit_scale": 0.25},
     "cohere2": {**_SMALL, "logit_scale": 0.25},
     "minicpm3": {
         **_SMALL,
         "num_key_value_heads": 2,
-        "hidden_size": 16,
         "dim_model_base": 4,
         "q_lora_rank": 8,
         "kv_lora_rank": 8,
@@ -65,7 +65,7 @@ FAMILIES: dict[str, dict[str, object]] = {
 
 
 def model(family: str, *, tied: bool = False, seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A seeded model in float64 and evaluation mode; every parameter gets noise, so that none of them can be ignored."""
+    """A seeded model in float64 and evaluation mode; every parameter gets noise, so that none can be ignored."""
     settings = {**FAMILIES[family], "tie_word_embeddings": tied, "initializer_range": 0.3, **changes}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **settings)
