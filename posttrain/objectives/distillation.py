@@ -44,7 +44,7 @@ def logits_finetuning(logp: Tokens, ids_logp: TokensByK, teacher_ids_logp: Token
     check_in_range(0.0, 1.0, alpha=alpha)
     teacher = teacher_ids_logp.detach().to(ids_logp.dtype)
     filled = teacher > -torch.inf
-    # a large finite number instead of -inf: softmax gives it 0 all the same, and 0 * (-inf) never arises
+    # a large finite number instead of -inf: softmax gives it 0 all the same, and a row of padding alone stays finite
     log_target = torch.log_softmax(torch.where(filled, teacher, -1e30), dim=1)
     target = torch.where(filled, log_target.exp(), 0)
     kl = (target * torch.where(filled, log_target - ids_logp, 0)).sum(1)

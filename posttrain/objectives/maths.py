@@ -53,8 +53,8 @@ def log1mexp(u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """
     u = u.clamp(max=-torch.finfo(u.dtype).tiny)
     near = u > -math.log(2)
-    # each branch sees a harmless number where the other is chosen: where() passes 0 * inf = NaN on otherwise
-    close = torch.log(-torch.expm1(torch.where(near, u, -1.0)))
+    close = torch.log(-torch.expm1(u))
+    # log1p(-1) would be -inf where `close` is chosen, and where() would pass 0 * inf = NaN on to the gradient
     far = torch.log1p(-torch.exp(torch.where(near, -1.0, u)))
     return torch.where(near, close, far)
 
