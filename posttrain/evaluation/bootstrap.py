@@ -30,11 +30,11 @@ class Statistic:
 
     Args:
         terms: (items, terms) float64, what each item adds to the sums.
-        combine: (..., terms) sums -> (...) values; vectorised over the leading axes.
+        combine: (..., terms) sums -> (...) values, a scalar for one row of sums; vectorised over the leading axes.
     """
 
     terms: Array
-    combine: Callable[[Array], Array]
+    combine: Callable[[Array], Any]
 
     @property
     def value(self) -> float:
@@ -45,7 +45,7 @@ class Statistic:
         return Statistic(self.terms[index], self.combine)
 
 
-def _quotient(sums: Array) -> Array:
+def _quotient(sums: Array) -> Any:
     return sums[..., 0] / sums[..., 1]
 
 
@@ -133,7 +133,7 @@ def paired_difference(
         )
     width = before.terms.shape[1]
 
-    def combine(sums: Array) -> Array:
+    def combine(sums: Array) -> Any:
         return after.combine(sums[..., width:]) - before.combine(sums[..., :width])
 
     both = Statistic(np.concatenate([before.terms, after.terms], axis=1), combine)

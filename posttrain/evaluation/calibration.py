@@ -51,7 +51,7 @@ def bin_sums(
     return np.stack(sums, axis=-1).astype(np.float64).reshape(groups, bins, 3)
 
 
-def expected_calibration_error(sums: Array) -> Array:
+def expected_calibration_error(sums: Array) -> Any:
     """ECE (Guo et al., arXiv:1706.04599, Eq. 3): sum over bins of count/N * abs(accuracy - mean confidence).
 
     An empty bin adds nothing. Being a mean of absolute values, the estimate is biased upwards for few predictions.
@@ -60,7 +60,7 @@ def expected_calibration_error(sums: Array) -> Array:
         sums: (..., bins, 3) as from `bin_sums`, added over groups.
 
     Returns:
-        (...) in [0, 1].
+        (...) in [0, 1], a scalar for one table.
     """
     return np.abs(sums[..., 2] - sums[..., 1]).sum(axis=-1) / sums[..., 0].sum(axis=-1)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.logits_process import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.utils import logging
 
-from posttrain.evaluation.inference import evaluation_mode, max_positions
+from posttrain.evaluation.inference import CausalLM, evaluation_mode, max_positions
 from posttrain.evaluation.rows import Prompt, prompt_ids
 
 logger = logging.get_logger(__name__)
@@ -101,7 +101,7 @@ class InverseTransformSampling(LogitsProcessor):
 
 
 def generate(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
@@ -136,7 +136,7 @@ def generate(
 
 
 def complete(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     sampling: Sampling,
@@ -178,7 +178,7 @@ def complete(
     return Completions([row * repeats for row in texts], truncated, unfinished * repeats)
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _stop_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """End-of-sequence ids of the tokenizer and of the model's generation settings (chat models name several)."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
@@ -186,7 +186,7 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 @contextmanager
-def _generation_settings(model: PreTrainedModel, stop: list[int], max_new_tokens: int) -> Iterator[int]:
+def _generation_settings(model: CausalLM, stop: list[int], max_new_tokens: int) -> Iterator[int]:
     """Swap the model's generation settings for ours and yield the padding id.
 
     Passing a configuration would not do: whatever it leaves open, ``generate`` fills in from the model's own file,
@@ -206,7 +206,7 @@ def _generation_settings(model: PreTrainedModel, stop: list[int], max_new_tokens
 
 
 def _generate_batch(
-    model: PreTrainedModel, prompts: list[list[int]], keys: list[tuple[int, int]], sampling: Sampling, padding: int
+    model: CausalLM, prompts: list[list[int]], keys: list[tuple[int, int]], sampling: Sampling, padding: int
 ) -> list[list[int]]:
     """New token ids of one batch; ``keys`` are the (prompt, sample) pairs that name each sequence's random stream."""
     width = max(map(len, prompts))

@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
+
+CausalLM = PreTrainedModel | PeftModel
 
 
 @contextmanager
-def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+def evaluation_mode(model: CausalLM) -> Iterator[None]:
     """Evaluation mode without gradients; every module gets back the mode it had, also where modes were mixed."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -20,6 +23,6 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
-def max_positions(model: PreTrainedModel) -> int | None:
+def max_positions(model: CausalLM) -> int | None:
     """Longest sequence that the model has positions for, in tokens; None where its configuration names none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -1,6 +1,6 @@
 """Held-out likelihood of completions: NLL, perplexity, target probability, accuracy, entropy and calibration."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,11 @@ import numpy.typing as npt
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from posttrain.evaluation import bootstrap, calibration
-from posttrain.evaluation.inference import evaluation_mode, max_positions
+from posttrain.evaluation.inference import CausalLM, evaluation_mode, max_positions
 from posttrain.evaluation.rows import Row, is_scorable, require, scored_ids
 
 logger = logging.get_logger(__name__)
@@ -40,7 +40,7 @@ class Batch:
     targets: Int[Tensor, " tokens"]
 
 
-def token_statistics(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+def token_statistics(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
     """Statistics of the next-token distribution at every scored position.
 
     Returns:
@@ -111,7 +111,7 @@ class Likelihood:
 
 
 def token_scores(
-    model: PreTrainedModel,
+    model: CausalLM,
     sequences: Sequence[tuple[list[int], list[bool]]],
     *,
     batch_size: int,
@@ -145,9 +145,9 @@ def token_scores(
 
 
 def likelihood(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     *,
     batch_size: int = 64,
     max_length: int | None = None,
@@ -176,6 +176,7 @@ def likelihood(
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, found {value}.")
+    rows = list(rows)
     require(rows, "likelihood", "prompt with completion, messages, or text", is_scorable)
     limits = [limit for limit in (max_length, max_positions(model)) if limit is not None]
     limit = min(limits, default=None)

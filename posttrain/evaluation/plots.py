@@ -37,7 +37,7 @@ def plot_pass_at_k(before: Report | None, after: Report, path: str | Path) -> Pa
             source = report.sources.get(name) if report is not None else None
             if report is not None and source is not None and source.correct is not None:
                 _curve(panel, source.correct, report, label if before is not None else "", colour)
-        panel.set(title=name, xlabel="k", ylabel="pass@k", ylim=(0, 1))
+        panel.set(title=name, xlabel="k", ylabel="pass@k", ylim=(-0.02, 1.02))
         panel.grid(alpha=0.3)
         if before is not None:
             panel.legend()

@@ -128,7 +128,7 @@ def comparison_table(before: Report, after: Report, title: str = "Before and aft
     table = Table(title=title, caption=_caption(after), caption_justify="left")
     for column in ("source", "metric"):
         table.add_column(column)
-    for column in (f"before [{level}]", f"after [{level}]", f"difference [{level}]", "n"):
+    for column in (f"before ({level})", f"after ({level})", f"difference ({level})", "n"):
         table.add_column(column, justify="right")
     for name, metrics in compare(before, after).items():
         for metric, found in metrics.items():
@@ -174,7 +174,7 @@ def _level(report: Report) -> str:
 
 def _caption(report: Report) -> str | None:
     lines = [
-        f"{name}: {count} {what.replace('_', ' ')} of {source.rows} rows"
+        f"{name}: {count} {what.replace('_', ' ')} ({source.rows} rows in all)"
         for name, source in report.sources.items()
         for what, count in source.counts.items()
         if count

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 from rich.progress import Progress
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from posttrain.evaluation import bootstrap, verifiers
 from posttrain.evaluation.generation import Sampling, complete
+from posttrain.evaluation.inference import CausalLM
 from posttrain.evaluation.likelihood import Likelihood, likelihood
 from posttrain.evaluation.passk import maj_at_k, pass_at_k
 from posttrain.evaluation.report import Measure, Report, SourceReport
@@ -89,7 +90,7 @@ Advance = Callable[[int], None] | None
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     sources: Mapping[str, Source | Iterable[Row]],
     *,
@@ -138,7 +139,7 @@ def evaluate(
 
 
 def _evaluate_source(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, source: Source, plan: _Plan
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, name: str, source: Source, plan: _Plan
 ) -> SourceReport:
     rows = list(source.rows)
     kinds = _measurable(name, rows, plan.metrics)
@@ -190,7 +191,7 @@ def _bar(shown: bool, description: str, total: int) -> Iterator[Advance]:
 
 
 def _generation(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     source: Source,

@@ -5,9 +5,9 @@ import json
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack, closing
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from posttrain.evaluation.math_process import MathProcess
 from posttrain.evaluation.rows import Row, reference_of
@@ -64,7 +64,7 @@ class Verifier(ABC):
         """Give back what the verifier holds."""
         self._held.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Verifier":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,7 +183,7 @@ def names() -> list[str]:
     return ["auto", "exact", "math", "task"]
 
 
-def resolve(name: str, rows: Sequence[Row], task: str | None = None) -> Verifier:
+def resolve(name: str, rows: Iterable[Row], task: str | None = None) -> Verifier:
     """The verifier for a row set.
 
     ``auto`` is ``task`` for a procedural row set (a task is given, or the rows say which task made them), ``math``
@@ -195,6 +195,7 @@ def resolve(name: str, rows: Sequence[Row], task: str | None = None) -> Verifier
     """
     if name not in names():
         raise ValueError(unknown("verifier", name, names()))
+    rows = list(rows)
     if name == "task" or (name == "auto" and (task is not None or all(map(_task_of, rows)))):
         return TaskVerifier(task)
     if name == "math" or (name == "auto" and all(looks_mathematical(_reference(row)) for row in rows)):

@@ -32,7 +32,7 @@ def joined(texts):
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_greedy_batches_agree_with_one_prompt_at_a_time(exact_model, tokenizer, batch_size):
-    found = generate(exact_model, tokenizer, PROMPTS, temperature=0, max_new_tokens=12, batch_size=batch_size)
+    found = generate(exact_model, tokenizer, PROMPTS, temperature=0.0, max_new_tokens=12, batch_size=batch_size)
     assert joined(found) == [[greedy_truth(exact_model, tokenizer, prompt, 12)] for prompt in PROMPTS]
 
 
@@ -43,7 +43,7 @@ def test_absolute_positions_survive_left_padding(tokenizer):
         initializer_range=0.5,
     )  # fmt: skip
     model = GPT2LMHeadModel(config).double().eval()
-    found = generate(model, tokenizer, PROMPTS, temperature=0, max_new_tokens=10)
+    found = generate(model, tokenizer, PROMPTS, temperature=0.0, max_new_tokens=10)
     assert joined(found) == [[greedy_truth(model, tokenizer, prompt, 10)] for prompt in PROMPTS]
 
 
@@ -76,9 +76,9 @@ def test_nothing_is_left_changed(tokenizer):
 
 
 def test_no_padding_token_is_needed(exact_model, tokenizer):
-    expected = generate(exact_model, tokenizer, PROMPTS, temperature=0, max_new_tokens=8)
+    expected = generate(exact_model, tokenizer, PROMPTS, temperature=0.0, max_new_tokens=8)
     tokenizer.pad_token = None
-    assert generate(exact_model, tokenizer, PROMPTS, temperature=0, max_new_tokens=8) == expected
+    assert generate(exact_model, tokenizer, PROMPTS, temperature=0.0, max_new_tokens=8) == expected
     assert tokenizer.pad_token is None
 
 
@@ -91,10 +91,12 @@ def test_the_models_own_sampling_settings_play_no_part(tokenizer):
 
 def test_a_model_may_name_further_stops(tokenizer):
     model = tiny.model()
-    first = "".join(generate(model, tokenizer, ["abc"], temperature=0, max_new_tokens=6)[0][0].split())[0]
+    first = "".join(generate(model, tokenizer, ["abc"], temperature=0.0, max_new_tokens=6)[0][0].split())[0]
     model.generation_config.eos_token_id = [1, tokenizer.convert_tokens_to_ids(first)]
-    found = complete(model, tokenizer, [prompt_ids(tokenizer, "abc")], Sampling(temperature=0, max_new_tokens=6))
-    assert (found.texts, found.unfinished) == ([[""]], 0)
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    found = complete(model, tokenizer, [prompt_ids(tokenizer, "abc")], Sampling(temperature=0.0, max_new_tokens=6))
+    assert (found.texts, found.unfinished, len(forwards)) == ([[""]], 0, 1)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
@@ -124,7 +126,7 @@ def test_extreme_uniform_numbers_choose_possible_tokens():
 
 def test_long_prompts_keep_their_end_and_are_counted(tokenizer):
     model = tiny.model(dtype=torch.float64, max_position_embeddings=16)
-    sampling = Sampling(temperature=0, max_new_tokens=6)
+    sampling = Sampling(temperature=0.0, max_new_tokens=6)
     ids = [prompt_ids(tokenizer, prompt) for prompt in ("0123456789abcdef", "ab")]
     found = complete(model, tokenizer, ids, sampling)
     assert found.truncated_prompts == 1
@@ -137,16 +139,16 @@ def test_long_prompts_keep_their_end_and_are_counted(tokenizer):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_peft_models_generate_with_their_adapter(tokenizer):
     model = tiny.model()
-    plain = generate(model, tokenizer, PROMPTS, temperature=0, max_new_tokens=6)
+    plain = generate(model, tokenizer, PROMPTS, temperature=0.0, max_new_tokens=6)
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
     settings = adapted.get_base_model().generation_config
-    found = generate(adapted, tokenizer, PROMPTS, temperature=0, max_new_tokens=6)
+    found = generate(adapted, tokenizer, PROMPTS, temperature=0.0, max_new_tokens=6)
     assert joined(found) == [[greedy_truth(adapted.eval(), tokenizer, prompt, 6)] for prompt in PROMPTS]
     assert found != plain and adapted.get_base_model().generation_config is settings
     with adapted.disable_adapter():
-        assert generate(adapted, tokenizer, PROMPTS, temperature=0, max_new_tokens=6) == plain
+        assert generate(adapted, tokenizer, PROMPTS, temperature=0.0, max_new_tokens=6) == plain
 
 
 def test_chat_prompts_and_progress(model, chat_tokenizer):
@@ -155,7 +157,7 @@ def test_chat_prompts_and_progress(model, chat_tokenizer):
     options = {"samples": 3, "max_new_tokens": 5, "batch_size": 4}
     found = generate(model, chat_tokenizer, [messages, "u:ab<eos>a:"], progress=steps.append, **options)
     assert sum(steps) == 6 and len(found) == 2
-    greedy = generate(model, chat_tokenizer, [messages, "u:ab<eos>a:"], samples=2, temperature=0, max_new_tokens=5)
+    greedy = generate(model, chat_tokenizer, [messages, "u:ab<eos>a:"], samples=2, temperature=0.0, max_new_tokens=5)
     assert greedy[0] == greedy[1] and greedy[0][0] == greedy[0][1]
 
 

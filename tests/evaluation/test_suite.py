@@ -9,6 +9,7 @@ from datasets import Dataset
 from rich.console import Console
 
 from posttrain.evaluation import Source, compare, comparison_table, evaluate, generate, likelihood, plot_pass_at_k
+from posttrain.evaluation.generation import Completions
 from tests import tiny
 
 PROMPTS = ["abc=", "a", "12+34=", "xyz", "0?", "b"]
@@ -49,13 +50,13 @@ def after(trained):
 
 
 def test_greedy_pass_at_1_is_exact_match(model, tokenizer):
-    greedy = generate(model, tokenizer, PROMPTS, temperature=0, max_new_tokens=6)
+    greedy = generate(model, tokenizer, PROMPTS, temperature=0.0, max_new_tokens=6)
     # The model's own answers for the first two rows, something else for the others.
     rows = [
         {"prompt": prompt, "answer": texts[0] if index < 2 else "never"}
         for index, (prompt, texts) in enumerate(zip(PROMPTS, greedy, strict=True))
     ]
-    options = {**SMALL, "samples": 1, "k": [1], "temperature": 0}
+    options = {**SMALL, "samples": 1, "k": [1], "temperature": 0.0}
     report = evaluate(model, tokenizer, {"own": Source(rows, verifier="exact")}, metrics=["generation"], **options)
     found = report.to_dict()["sources"]["own"]
     assert set(found["metrics"]) == {"pass@1"}
@@ -74,6 +75,20 @@ def test_report_holds_every_metric_as_json(before):
         assert metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"]
     assert found["settings"]["samples"] == 4 and found["sources"]["digits"]["verifier"] == "exact"
     assert sum(bin["count"] for bin in found["sources"]["digits"]["reliability"]) == 12
+
+
+def test_samples_become_pass_and_majority_by_hand(model, tokenizer, monkeypatch):
+    texts = [["7", "3", "3", "3"], ["7", "7", "3", "3"], ["3"] * 4]
+    monkeypatch.setattr("posttrain.evaluation.suite.complete", lambda *_, **__: Completions(texts, 0, 5))
+    rows = [{"prompt": "a", "answer": "7"}] * 3
+    report = evaluate(model, tokenizer, {"x": Source(rows, verifier="exact")}, samples=4, k=[1, 2, 4], resamples=50)
+    values = {name: measure.estimate.value for name, measure in report.sources["x"].measures.items()}
+    assert values["pass@1"] == pytest.approx((1 / 4 + 2 / 4 + 0) / 3)
+    assert values["pass@2"] == pytest.approx((1 / 2 + 5 / 6 + 0) / 3)
+    assert values["pass@4"] == pytest.approx(2 / 3)
+    assert values["maj@2"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert values["maj@4"] == pytest.approx((0 + 1 / 2 + 0) / 3)
+    assert report.sources["x"].counts["unfinished_completions"] == 5
 
 
 def test_items_add_up_to_the_metrics(before):
@@ -116,14 +131,14 @@ def test_other_rows_are_not_compared(before, model, tokenizer):
 
 
 def test_rows_skipped_on_one_side_leave_the_comparison(model, tokenizer):
-    rows = [{"prompt": "a" * length, "completion": "1"} for length in (2, 3, 9)]
+    rows = [{"prompt": "a" * length, "completion": "1"} for length in (9, 2, 3)]
     whole = evaluate(model, tokenizer, {"x": rows}, metrics=["likelihood"], resamples=50)
     cut = evaluate(model, tokenizer, {"x": rows}, metrics=["likelihood"], resamples=50, max_length=6)
     assert cut.sources["x"].counts == {"truncated_rows": 1, "skipped_rows": 1}
-    assert "1 skipped rows of 3 rows" in rendered(cut.table())
+    assert "1 skipped rows (3 rows in all)" in rendered(cut.table())
     found = compare(whole, cut)["x"]["nll"]
     assert (found.before.n, found.after.n, found.difference.n) == (3, 2, 2)
-    assert found.difference.value == pytest.approx(0, abs=1e-6)
+    assert [found.difference.value, found.difference.low, found.difference.high] == pytest.approx([0] * 3, abs=1e-6)
 
 
 def test_sources_may_allow_one_kind_of_metric_alone(model, chat_tokenizer):
@@ -159,8 +174,8 @@ def test_numbers_do_not_depend_on_the_batch_size(exact_model, tokenizer):
         ({"metrics": []}, "metrics is empty"),
         ({"samples": 4, "k": [8]}, r"between 1 and samples=4, found \[8\]"),
         ({"k": []}, r"found \[\]"),
-        ({"temperature": 0}, "temperature 0 is greedy, so samples=8"),
-        ({"level": 95}, "level"),
+        ({"temperature": 0.0}, "temperature 0 is greedy, so samples=8"),
+        ({"level": 95.0}, "level"),
         ({"max_new_tokens": 500}, "leaves no room"),
     ],
 )

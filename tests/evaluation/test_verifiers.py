@@ -18,7 +18,7 @@ needs_math_verify = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def math():
-    with MathVerifier(timeout=20) as verifier:
+    with MathVerifier(timeout=20.0) as verifier:
         yield verifier
 
 
@@ -100,7 +100,7 @@ def test_a_worker_that_does_not_start_is_an_error(monkeypatch, tmp_path):
     broken = tmp_path / "worker.py"
     broken.write_text("raise SystemExit(3)\n")
     monkeypatch.setattr("posttrain.evaluation.math_process._WORKER", broken)
-    process = verifiers.MathProcess(timeout=1)
+    process = verifiers.MathProcess(timeout=1.0)
     with pytest.raises(RuntimeError, match="did not start"):
         process.ask("1", "1")
 
