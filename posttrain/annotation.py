@@ -1,6 +1,7 @@
 """Columns written beside a data set once, so that training reads them instead of running another model."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from posttrain.binding import Side
+from posttrain.config import RunConfig, TokenizerConfig, trainer_config_class
+from posttrain.data.collation import ROW_NUMBER
+from posttrain.loading import load_model, load_rows, load_tokenizer
 from posttrain.modeling import StatisticsGroup, VocabRequest
+from posttrain.run_record import versions
 
 
 def teacher_topk(
@@ -61,11 +66,65 @@ def _beside_tokens(entries: list[list[Any]], side: Side, length: int, row_length
     return rows
 
 
-def write(dataset: Dataset, path: str | Path, about: dict[str, Any]) -> Path:
-    """Write the annotated rows (.jsonl or .parquet) and, beside them, a ``.about.json`` that says where they are from.
+def annotate_teacher_topk(config: RunConfig) -> Path:
+    """Run `teacher_topk` over a configuration's training data and write the rows with their tokens.
+
+    The rows are tokenised by the trainer that will read them, so that every entry stands beside its own token.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: no ``teacher``, no ``annotation.output``, a streamed set, or a teacher with another tokenizer.
+    """
+    from posttrain.trainers import SupervisedTrainer
+
+    settings = config.annotation
+    if config.teacher is None or config.data.train is None or settings.output is None:
+        missing = next(
+            key
+            for key, value in {
+                "teacher": config.teacher, "data.train": config.data.train, "annotation.output": settings.output,
+            }.items()
+            if value is None
+        )  # fmt: skip
+        raise ValueError(f"{missing} is missing; `annotate teacher-topk` needs a teacher, training data and an output.")
+    check_output(settings.output)
+    tokenizer = load_tokenizer(config.tokenizer, config.model)
+    if load_tokenizer(TokenizerConfig(), config.teacher).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"teacher {config.teacher.name_or_path!r} has another vocabulary than model {config.model.name_or_path!r}; "
+            "its token ids would mean other tokens, so take a teacher with the same tokenizer."
+        )
+    rows = load_rows(config.data.train, tokenizer, key="data.train")
+    if not isinstance(rows, Dataset):
+        raise ValueError("data.train.streaming is true; annotation writes every row once, so set it to false.")
+    with tempfile.TemporaryDirectory() as folder:
+        args = trainer_config_class(config.method)(
+            **{**config.trainer, "output_dir": folder, "packing": False, "report_to": "none", "push_to_hub": False}
+        )
+        trainer = SupervisedTrainer(
+            load_model(config.teacher, key="teacher"), args, train_dataset=rows, processing_class=tokenizer
+        )
+    model = trainer.model.to(trainer.accelerator.device).eval()
+    found = teacher_topk(model, trainer.train_dataset, trainer.data_collator, k=settings.k, batch_size=settings.batch_size)
+    kept = rows.select(found[ROW_NUMBER])
+    for name in ("input_ids", "labels", "teacher_ids", "teacher_ids_logp"):
+        kept = kept.remove_columns(name) if name in kept.column_names else kept
+        kept = kept.add_column(name, found[name])
+    about = {
+        "annotation": "teacher-topk",
+        "k": settings.k,
+        "teacher": config.teacher.name_or_path,
+        "tokenizer": config.tokenizer.name_or_path or config.model.name_or_path,
+        "rows": len(kept),
+        "versions": versions(),
+    }
+    return write(kept, settings.output, about)
+
+
+def check_output(path: str | Path) -> Path:
+    """The path, if an annotation may be written there.
+
+    Raises:
+        ValueError: another suffix than .jsonl or .parquet.
         FileExistsError: the file is there already; annotations are not overwritten.
     """
     path = Path(path)
@@ -73,6 +132,12 @@ def write(dataset: Dataset, path: str | Path, about: dict[str, Any]) -> Path:
         raise ValueError(f"annotation.output is {str(path)!r}; give a file that ends in .jsonl or .parquet.")
     if path.exists():
         raise FileExistsError(f"annotation.output {str(path)!r} exists already; remove it or name another file.")
+    return path
+
+
+def write(dataset: Dataset, path: str | Path, about: dict[str, Any]) -> Path:
+    """Write the annotated rows and, beside them, an ``.about.json`` that says where they are from; see `check_output`."""
+    path = check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     if path.suffix == ".parquet":
