@@ -83,6 +83,8 @@ def hardware() -> dict[str, Any]:
 def write(config: RunConfig, *, processes: int = 1, distributed_type: str = "NO", seed: int | None = None) -> Path:
     """Write the resolved configuration and a record of where it ran into the output folder.
 
+    The record of a run that this one resumes stays in it, under ``earlier``.
+
     Args:
         config: resolved, with ``trainer.output_dir``.
         processes, distributed_type: of the launch.
@@ -104,6 +106,9 @@ def write(config: RunConfig, *, processes: int = 1, distributed_type: str = "NO"
         "hardware": hardware(),
     }
     path = folder / RECORD_FILE
+    if path.exists():
+        resumed = json.loads(path.read_text(encoding="utf-8"))
+        record["earlier"] = [*resumed.pop("earlier", ()), resumed]
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
 
