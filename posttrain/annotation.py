@@ -24,7 +24,7 @@ def teacher_topk(
 ) -> Dataset:
     """Add ``teacher_ids`` and ``teacher_ids_logp`` (nats), the teacher's ``k`` likeliest next tokens.
 
-    Both run beside ``input_ids``: the entry at position t speaks of the token at t, and is empty where t is not trained.
+    Both run beside ``input_ids``: the entry at position t speaks of the token at t; it is empty where t is not trained.
 
     Args:
         model: the teacher, attached with `posttrain.modeling.attach`, in eval mode.
@@ -40,22 +40,22 @@ def teacher_topk(
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     if not 1 <= k <= vocabulary:
         raise ValueError(f"annotation.k is {k}; give a number between 1 and the teacher's vocabulary of {vocabulary}.")
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
     device = next(model.parameters()).device
     ids: list[list[list[int]]] = []
     logps: list[list[list[float]]] = []
     with torch.no_grad():
         for batch in track(loader, description="Asking the teacher", disable=not progress):
             side: Side = batch["side"].to(device)
-            request = VocabRequest(
-                side.target_index, side.targets, (StatisticsGroup(("topk_logp", "topk_ids"), k=k),)
-            )
+            request = VocabRequest(side.target_index, side.targets, (StatisticsGroup(("topk_logp", "topk_ids"), k=k),))
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
             found = model(**inputs, vocab_request=request).statistics[0]
             length = batch["input_ids"].shape[1]
             for column, name in ((ids, "topk_ids"), (logps, "topk_logp")):
-                column.extend(_beside_tokens(found[name].tolist(), side, length, batch["attention_mask"].sum(1).tolist()))
-    return dataset.add_column("teacher_ids", ids).add_column("teacher_ids_logp", logps)  # type: ignore[call-arg]
+                column.extend(
+                    _beside_tokens(found[name].tolist(), side, length, batch["attention_mask"].sum(1).tolist())
+                )
+    return dataset.add_column("teacher_ids", ids).add_column("teacher_ids_logp", logps)
 
 
 def _beside_tokens(entries: list[list[Any]], side: Side, length: int, row_lengths: list[int]) -> list[list[list[Any]]]:
@@ -104,7 +104,8 @@ def annotate_teacher_topk(config: RunConfig) -> Path:
             load_model(config.teacher, key="teacher"), args, train_dataset=rows, processing_class=tokenizer
         )
     model = trainer.model.to(trainer.accelerator.device).eval()
-    found = teacher_topk(model, trainer.train_dataset, trainer.data_collator, k=settings.k, batch_size=settings.batch_size)
+    tokenised: Any = trainer.train_dataset
+    found = teacher_topk(model, tokenised, trainer.data_collator, k=settings.k, batch_size=settings.batch_size)
     kept = rows.select(found[ROW_NUMBER])
     for name in ("input_ids", "labels", "teacher_ids", "teacher_ids_logp"):
         kept = kept.remove_columns(name) if name in kept.column_names else kept
@@ -136,7 +137,7 @@ def check_output(path: str | Path) -> Path:
 
 
 def write(dataset: Dataset, path: str | Path, about: dict[str, Any]) -> Path:
-    """Write the annotated rows and, beside them, an ``.about.json`` that says where they are from; see `check_output`."""
+    """Write the annotated rows and, beside them, an ``.about.json`` on where they come from; see `check_output`."""
     path = check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

@@ -1,8 +1,8 @@
 """The grammar of statistics: what the name of an objective's parameter asks for.
 
-``role_`` + ``reference_`` + ``reduction_`` + kernel name, each part but the last optional. ``chosen_reference_sum_logp``
-is the reference model's log-probability of the chosen completion, summed over its tokens. A kernel's own name wins over
-a reduction (``mean_logit`` is the kernel's statistic, ``mean_logp`` the token mean of ``logp``).
+``role_`` + ``reference_`` + ``reduction_`` + kernel name, each part but the last optional: the reference model's
+log-probability of the chosen completion, summed over its tokens, is ``chosen_reference_sum_logp``. A kernel's own name
+wins over a reduction (``mean_logit`` is the kernel's statistic, ``mean_logp`` the token mean of ``logp``).
 """
 
 import inspect

@@ -109,7 +109,7 @@ def build_terms(objective: Objective | list[Objective], available: Available) ->
 
 
 def _build(item: Objective, available: Available) -> Term:
-    options = dict(item) if isinstance(item, Mapping) else {"name": item}
+    options: dict[str, Any] = dict(item) if isinstance(item, Mapping) else {"name": item}
     if "name" not in options:
         raise ValueError(f"an objective term has the keys {sorted(options)} but no `name`; add `name: nll` or another.")
     target = options.pop("name")

@@ -49,7 +49,7 @@ def test_files_are_never_overwritten(tmp_path, suffix):
     assert json.loads((tmp_path / f"rows.{suffix}.about.json").read_text()) == {"k": 3}
     with pytest.raises(FileExistsError, match="exists already"):
         write(Dataset.from_list(ROWS), path, {})
-    with pytest.raises(ValueError, match="ends in .jsonl or .parquet"):
+    with pytest.raises(ValueError, match=r"ends in \.jsonl or \.parquet"):
         write(Dataset.from_list(ROWS), tmp_path / "rows.csv", {})
 
 
@@ -82,7 +82,14 @@ def test_from_a_configuration_to_a_step_on_the_annotated_rows(tmp_path):
         "teacher": None,
         "data": {"train": {"path": str(written)}},
         "objective": {"name": "logits_finetuning", "alpha": 0.5},
-        "trainer": {**tree["trainer"], "max_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1},
+        "trainer": {
+            **tree["trainer"],
+            "max_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+        },
     }
     outcome = pipeline.train(resolve(from_tree(training)))
     metrics = [json.loads(line) for line in outcome.paths["metrics"].read_text().splitlines()]

@@ -25,7 +25,7 @@ def number_rows(dataset: AnyDataset) -> AnyDataset:
     if ROW_NUMBER in column_names(dataset):
         return dataset
     if isinstance(dataset, Dataset):
-        return dataset.add_column(ROW_NUMBER, list(range(len(dataset))))  # type: ignore[call-arg]
+        return dataset.add_column(ROW_NUMBER, list(range(len(dataset))))
     return dataset.map(lambda row, index: {ROW_NUMBER: index}, with_indices=True)
 
 
@@ -130,7 +130,8 @@ def _pack(
                 f"packing a {'streamed set' if strategy == 'bfd' else repr(strategy)} cannot carry the columns "
                 f"{sorted(columns)}; use trainer.packing_strategy: bfd on a data set that is not streamed."
             )
-        return pack_dataset(dataset.select_columns(["input_ids", "labels"]), max_length, strategy)
+        bare: Any = dataset.select_columns(["input_ids", "labels"])
+        return pack_dataset(bare, max_length, strategy)
     # TRL packs columns that all run beside input_ids; packing row positions instead lets any column come along
     positions = Dataset.from_dict({"position": [[i] * len(ids) for i, ids in enumerate(dataset["input_ids"])]})
     packed = pack_dataset(positions, max_length, "bfd")
@@ -160,5 +161,3 @@ def without_truncation(args: Any) -> Any:
     plain.max_length = None
     plain.shuffle_dataset = False
     return plain
-
-

@@ -35,6 +35,7 @@ class ObjectiveMixin(Host):
     the step's micro-batches and all ranks, so that the gradient does not depend on how the step was split.
     """
 
+    model: Any
     loss_is_scaled_for_ga = True
     aux_loss_enabled: bool = False
     router_aux_loss_coef: float = 0.0
@@ -47,14 +48,16 @@ class ObjectiveMixin(Host):
         self._head_checked = False
         self._clock, self._clock_tokens, self._all_tokens = time.perf_counter(), 0, 0
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepCounts:
+    def _get_num_items_in_batch(  # type: ignore[override]
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> StepCounts:
         """Count each unit over the step's micro-batches and all ranks, before the step's first forward."""
         sizes = [batch["side"].sizes for batch in batch_samples]
         local = torch.tensor([sum(size[unit] for size in sizes) for unit in ("tokens", "sequences")], device=device)
         tokens, sequences = self.accelerator.reduce(local, "sum")
         return StepCounts({"tokens": tokens, "sequences": sequences}, batch_samples)
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: dict[str, Any],
@@ -212,14 +215,16 @@ class ObjectiveMixin(Host):
         if real >= side.rows:
             return computed, side
         side, tokens = side.first_rows(max(real, 0))
-        kept = {options: {name: values[tokens] for name, values in group.items()} for options, group in computed.items()}
+        kept = {
+            options: {name: values[tokens] for name, values in group.items()} for options, group in computed.items()
+        }
         return kept, side
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """TRL's loop, with the loss and metrics as sums over the whole set divided by its counts."""
         started = time.perf_counter()
         self._evaluated = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
         batches, self._evaluated = self._evaluated, None
         sums = self._sums["eval"]
         local = [sum(side.sizes[unit] for _, side in batches) for unit in ("tokens", "sequences")]
@@ -235,10 +240,10 @@ class ObjectiveMixin(Host):
         metrics = sums.reduce(self.accelerator)
         if "aux_loss" in metrics:
             loss += self.router_aux_loss_coef * metrics["aux_loss"]
-        output.metrics[f"{metric_key_prefix}_loss"] = loss
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        found = {f"{prefix}_{name}": value for name, value in {"loss": loss, **metrics}.items()}
         self._clock += time.perf_counter() - started
-        return output
+        return output._replace(metrics={**(output.metrics or {}), **found})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log, reduced over micro-batches and ranks."""

@@ -19,7 +19,7 @@ Computed = Mapping[KernelOptions, Mapping[str, Tensor]]
 @contextmanager
 def preserved_random_state(device: torch.device) -> Iterator[None]:
     """Put back every generator afterwards, so that a second pass draws the very same dropout masks."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    python, numpy = random.getstate(), np.random.get_state()
     cpu = torch.random.get_rng_state()
     module = None if device.type == "cpu" else torch.get_device_module(device)
     accelerator = module.get_rng_state(device) if module is not None else None
@@ -27,7 +27,7 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
         yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        np.random.set_state(numpy)
         torch.random.set_rng_state(cpu)
         if module is not None:
             module.set_rng_state(accelerator, device)

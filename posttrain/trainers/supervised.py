@@ -25,7 +25,7 @@ TEXT_COLUMNS = frozenset(
 AnyDataset = Dataset | IterableDataset
 
 
-class SupervisedTrainer(ObjectiveMixin, SFTTrainer):
+class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
     """trl.SFTTrainer with any objective over named statistics of the trained tokens.
 
     Args:
@@ -138,7 +138,13 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["input_ids", "labels", "seq_lengths", ROW_NUMBER, *self._columns]
+            self._signature_columns: list[str] | None = [
+                "input_ids",
+                "labels",
+                "seq_lengths",
+                ROW_NUMBER,
+                *self._columns,
+            ]
 
 
 def _sft_config(args: SFTConfig | TrainingArguments | None, model: Any) -> SFTConfig:
@@ -185,6 +191,4 @@ def _check_packing(args: SFTConfig, sequence_term: str | None, columns: tuple[st
     reason = f"objective {sequence_term!r} needs whole sequences" if sequence_term else ""
     reason = reason or (f"the objective binds the columns {sorted(columns)}" if columns else "")
     if reason:
-        raise ValueError(
-            f"trainer.packing_strategy {args.packing_strategy!r} cuts sequences, and {reason}; use bfd."
-        )
+        raise ValueError(f"trainer.packing_strategy {args.packing_strategy!r} cuts sequences, and {reason}; use bfd.")

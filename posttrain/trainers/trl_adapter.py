@@ -1,4 +1,4 @@
-"""Everything that leans on TRL's private parts, in one place; tests/trainers/test_trl_adapter.py fails when TRL moves."""
+"""Everything that leans on TRL's private parts; tests/trainers/test_trl_adapter.py fails when TRL moves."""
 
 import copy
 import dataclasses
@@ -59,7 +59,7 @@ def refuse_prompt_learning(model: Any, config: PeftConfig | None) -> None:
     for one in configs:
         if one.is_prompt_learning:
             raise ValueError(
-                f"peft is {one.peft_type.value}, whose virtual tokens shift every position; use an adapter on weights, "
+                f"peft is {getattr(one.peft_type, 'value', one.peft_type)}, whose virtual tokens shift every position; use an adapter on weights, "
                 "such as LORA."
             )
 
@@ -82,14 +82,14 @@ def _named_heads(model: Any) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if module is head]
 
 
-def with_head_adapter(model: str | PreTrainedModel, args: SFTConfig, peft_config: PeftConfig) -> PeftModel:
+def with_head_adapter(model: Any, args: SFTConfig, peft_config: PeftConfig) -> PeftModel:
     """Build the PEFT model ourselves where its head is adapted; TRL's constructor would refuse to."""
     if isinstance(model, str):
-        model = create_model_from_path(model, **dict(args.model_init_kwargs or {}))
+        options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+        model = create_model_from_path(model, **options)
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     # ZeRO-3 gathers into buffers of one dtype: adapters in float32 beside a bf16 base would fail on the first step
-    options = {"autocast_adapter_dtype": False} if zero3 else {}
-    return get_peft_model(model, copy.copy(peft_config), **options)
+    return get_peft_model(model, copy.copy(peft_config), autocast_adapter_dtype=not zero3)
 
 
 @contextmanager

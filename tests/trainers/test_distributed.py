@@ -24,7 +24,12 @@ def launch(tmp_path, accelerate_config, objective, dtype, batch, accumulation, *
         str(ROOT / "tests/trainers/step.py"), str(out), json.dumps(objective), dtype, str(batch), str(accumulation),
         json.dumps(options),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", ""), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", ""),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     # an engine may die at exit after its work is done (seen about once in 130 launches): the result file decides

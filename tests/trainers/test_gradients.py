@@ -58,7 +58,7 @@ def test_packing_changes_nothing(kind):
 
 def test_nll_is_the_model_s_own_loss():
     """Against transformers' dense cross-entropy on the same tokens, one row at a time."""
-    trainer, found, before = step("nll", torch.float64, batch=4, accumulation=2)
+    trainer, found, _ = step("nll", torch.float64, batch=4, accumulation=2)
     model = tiny.model(torch.float64)
     total = torch.zeros((), dtype=torch.float64)
     tokens = 0
@@ -113,4 +113,6 @@ def test_the_counting_pass_draws_the_same_dropout_masks():
     for first, second in zip(counted, trained, strict=True):
         assert torch.equal(first, second)
     plain = tiny.model(torch.float64)
-    assert not torch.equal(model(torch.ones(1, 9, dtype=torch.long)).logits, plain(torch.ones(1, 9, dtype=torch.long)).logits)
+    assert not torch.equal(
+        model(torch.ones(1, 9, dtype=torch.long)).logits, plain(torch.ones(1, 9, dtype=torch.long)).logits
+    )

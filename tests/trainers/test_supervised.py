@@ -238,17 +238,19 @@ def test_the_saved_model_loads_and_agrees(tmp_path):
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "llama"
 
 
+COVERAGE = {"name": "direct_coverage", "n": 2}
+PLAIN = Dataset.from_list([{"prompt": "a", "completion": "b"}])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"loss_type": "dft"}, "objective: dft"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing"),
-        ({"packing": True, "packing_strategy": "wrapped", "max_length": 8, "objective": {"name": "direct_coverage", "n": 2}},
-         "needs whole sequences"),
+        ({"packing": True, "packing_strategy": "wrapped", "max_length": 8, "objective": COVERAGE}, "whole sequences"),
         ({"eval_packing": True}, "eval_packing"),
         ({"objective": lambda logp, w: logp * w}, "'w'"),
-        ({"eval_dataset": Dataset.from_list([{"prompt": "a", "completion": "b"}]), "objective": lambda logp, score: logp},
-         "eval data lacks the column 'score'"),
+        ({"eval_dataset": PLAIN, "objective": lambda logp, score: logp}, "eval data lacks the column 'score'"),
         ({"data_collator": object()}, "data_collator"),
         ({"teacher": tiny.model(vocab_size=99), "objective": "forward_kl"}, "vocabulary of 99"),
     ],

@@ -1,0 +1,80 @@
+"""What posttrain leans on in TRL and transformers: each fails here first, and by name, when it changes."""
+
+import inspect
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import Trainer
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from posttrain import SupervisedTrainer
+from posttrain.trainers import trl_adapter
+from tests import tiny
+from tests.trainers.step import config
+
+
+def test_the_hooks_are_still_there():
+    assert "loss_is_scaled_for_ga" in vars(Trainer)
+    assert list(inspect.signature(Trainer._get_num_items_in_batch).parameters) == ["self", "batch_samples", "device"]
+    assert list(inspect.signature(SFTTrainer._prepare_dataset).parameters)[1:] == [
+        "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name",
+    ]  # fmt: skip
+    assert "_set_signature_columns_if_needed" in vars(SFTTrainer)
+    assert {"max_length", "shuffle_dataset", "packing_strategy", "truncation_mode", "eval_packing"} <= {
+        name for name in inspect.signature(SFTConfig).parameters
+    }
+
+
+def test_the_collator_keeps_its_settings():
+    assert {"pad_token_id", "padding_free", "return_position_ids", "pad_to_multiple_of"} <= set(
+        DataCollatorForLanguageModeling.__dataclass_fields__
+    )
+
+
+@pytest.mark.parametrize("name", trl_adapter.REPLACED)
+def test_replaced_settings_exist_and_start_where_we_leave_them(name, tmp_path):
+    assert name in SFTConfig.__dataclass_fields__
+    trl_adapter.refuse_replaced_settings(config(str(tmp_path), 1, 1))
+
+
+def test_trl_still_refuses_what_the_adapter_hides(tmp_path):
+    """When TRL learns to train an adapted head, `hidden_head_adapter` can go."""
+    lora = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    rows = Dataset.from_list(tiny.rows())
+    arguments = {"args": config(str(tmp_path), 4, 1), "train_dataset": rows, "processing_class": tiny.tokenizer()}
+    with pytest.raises(ValueError, match="lm_head"):
+        SFTTrainer(get_peft_model(tiny.model(tie_word_embeddings=False), lora), **arguments)
+    model = get_peft_model(tiny.model(tie_word_embeddings=False), lora)
+    with trl_adapter.hidden_head_adapter(model):
+        assert isinstance(model.get_output_embeddings(), torch.nn.Linear)
+    trainer = SupervisedTrainer(model, **arguments)
+    assert trainer.model.get_output_embeddings() is not model.get_output_embeddings().get_base_layer()
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["lm_head"], True),
+        (["q_proj", "model.lm_head"], True),
+        (["q_proj"], False),
+        ("all-linear", False),
+        (None, False),
+    ],
+)
+def test_whether_a_configuration_adapts_the_head(targets, expected):
+    assert trl_adapter.adapts_head(LoraConfig(target_modules=targets), tiny.model()) is expected
+    assert trl_adapter.adapts_head(LoraConfig(target_modules=targets), "some/model") is expected
+
+
+def test_virtual_tokens_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="PROMPT_TUNING, whose virtual tokens"):
+        SupervisedTrainer(
+            tiny.model(),
+            config(str(tmp_path), 4, 1),
+            train_dataset=Dataset.from_list(tiny.rows()),
+            processing_class=tiny.tokenizer(),
+            peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        )
