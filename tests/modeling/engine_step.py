@@ -213,12 +213,13 @@ def main():
     out, engines = sys.argv[1:3]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    results = {engine: {kind: run(engine, kind) for kind in KINDS} for engine in engines.split(",")}
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, results)
-    shard = gradient_of_a_shard()
-    if dist.get_rank() == 0:
-        Path(out).write_text(json.dumps({"ranks": gathered, "shard": shard}))
+    found = {"shard": gradient_of_a_shard()}
+    for engine in engines.split(","):
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, {kind: run(engine, kind) for kind in KINDS})
+        found[engine] = gathered
+        if dist.get_rank() == 0:
+            Path(out).write_text(json.dumps(found))
     dist.barrier()
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
