@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.integrations import unset_hf_deepspeed_config
 
 from posttrain import run_record
 from posttrain.config import ModelConfig, RunConfig, peft_config, trainer_config_class
@@ -177,27 +178,30 @@ def _on_main_process(run: Run, load: ModelConfig | None) -> Report | None:
     accelerator = run.trainer.accelerator
     report = None
     if accelerator.is_main_process:
-        if load is None:
-            # without the wrapper that mixed precision put around forward, as the saved model will run
-            model = accelerator.unwrap_model(run.trainer.model, keep_fp32_wrapper=False)
-        else:
-            with _whole_weights(run.args):
+        with _alone(run.args):
+            if load is not None:
                 model = _placed(load_model(load), accelerator.device)
-        report = _report(model, run.tokenizer, run.sources, run.config)
-        del model
+            else:
+                # without the wrapper that mixed precision put around forward, as the saved model will run
+                model = accelerator.unwrap_model(run.trainer.model, keep_fp32_wrapper=False)
+            report = _report(model, run.tokenizer, run.sources, run.config)
+            del model
     accelerator.wait_for_everyone()
     return report
 
 
 @contextmanager
-def _whole_weights(args: Any) -> Iterator[None]:
-    """ZeRO-3 shards what is loaded while it is on, and would wait for the other processes."""
+def _alone(args: Any) -> Iterator[None]:
+    """While ZeRO-3 is on, from_pretrained shards and generate keeps step: both wait for the other processes."""
     plugin = args.deepspeed_plugin
     if plugin is None:
         yield
         return
-    with plugin.zero3_init_context_manager(enable=False):
+    unset_hf_deepspeed_config()
+    try:
         yield
+    finally:
+        plugin.set_deepspeed_weakref()
 
 
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
