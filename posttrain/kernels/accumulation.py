@@ -97,9 +97,11 @@ class BlockAccumulator:
         e_NV, teacher_e_NV = x_NV.exp(), w_NV.exp()
         ratio_N = self.teacher.total_N / self.softmax.total_N
         apart_NV = w_NV.sub_(x_NV).sub_(ratio_N.log()[:, None])
-        log_ratio_NV = log_mixture_ratio(apart_NV, self.jsd_beta)
-        self._add("mixture_student", -(e_NV.mul_(log_ratio_NV)).sum(1) / self.softmax.total_N)
-        self._add("mixture_teacher", teacher_e_NV.mul_(apart_NV.sub_(log_ratio_NV)).sum(1) / self.teacher.total_N)
+        core_NV = log_mixture(apart_NV, self.jsd_beta)
+        over_student_NV = core_NV + apart_NV.clamp_min(0.0)
+        over_teacher_NV = core_NV.sub_(apart_NV.clamp_max_(0.0))
+        self._add("mixture_student", -(e_NV.mul_(over_student_NV)).sum(1) / self.softmax.total_N)
+        self._add("mixture_teacher", -(teacher_e_NV.mul_(over_teacher_NV)).sum(1) / self.teacher.total_N)
 
     def _add(self, name: str, value_N: Float[Tensor, " rows"]) -> None:
         self.sums[name] = self.sums[name] + value_N if name in self.sums else value_N
@@ -128,15 +130,14 @@ class BlockAccumulator:
         return state
 
 
-def log_mixture_ratio(apart_NV: Float[Tensor, "rows columns"], beta: float) -> Float[Tensor, "rows columns"]:
-    """log(m / p) of the mixture m = beta t + (1 - beta) p, at apart = log t - log p.
+def log_mixture(apart_NV: Float[Tensor, "rows columns"], beta: float) -> Float[Tensor, "rows columns"]:
+    """r with log(m / p) = r + max(a, 0) and log(m / t) = r - min(a, 0), where m = beta t + (1 - beta) p.
 
-    log(1 - beta + beta e^a) = max(a, 0) + log1p(c expm1(-|a|)) with c = 1 - beta where a > 0, else beta: nothing
-    overflows, and near a = 0 no digits are lost.
+    With a = log t - log p, r = log1p(c expm1(-|a|)), c = 1 - beta where a > 0, else beta. Nothing overflows, no digits
+    are lost near a = 0 (where both divergences vanish), and neither logarithm is a difference of large numbers.
     """
     weight_NV = (apart_NV > 0).to(apart_NV.dtype).mul_(1 - 2 * beta).add_(beta)
-    ratio_NV = apart_NV.abs().neg_().expm1_().mul_(weight_NV).log1p_()
-    return ratio_NV.add_(apart_NV.clamp_min(0.0))
+    return apart_NV.abs().neg_().expm1_().mul_(weight_NV).log1p_()
 
 
 def statistics(state: State, query: Query, vocab: int) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posttrain.kernels.accumulation import State, log_mixture_ratio
+from posttrain.kernels.accumulation import State, log_mixture
 from posttrain.kernels.checks import Query
 from posttrain.kernels.collectors import local_picks
 
@@ -193,8 +193,9 @@ class TileGradient:
             total = (apart_NV + self.state["reverse_difference"]).mul_(-self.reverse)
         if self.mixture is not None:
             log_ratio = (self.state["teacher_total"] / self.state["total"]).log()
-            log_ratio_NV = log_mixture_ratio(apart_NV.sub_(log_ratio), self.jsd_beta)
-            total = _plus(total, log_ratio_NV.add_(self.state["mixture_student"]).mul_(-self.mixture))
+            core_NV = log_mixture(apart_NV.sub_(log_ratio), self.jsd_beta)
+            over_student_NV = core_NV.add_(apart_NV.clamp_min_(0.0))
+            total = _plus(total, over_student_NV.add_(self.state["mixture_student"]).mul_(-self.mixture))
         assert total is not None
         return total
 

@@ -104,7 +104,7 @@ def mixed_loss(values: VocabStatistics, seed: int = 7) -> Tensor:
 
 def gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     """Of a loss by leaves, zero where they do not meet."""
-    return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True, retain_graph=True)
 
 
 @contextmanager

@@ -82,7 +82,8 @@ def test_no_tokens_stay_connected():
         values = case.statistics(*STATISTICS, backend=backend)
         assert values["logp"].shape == (0,) and values["ids_logp"].shape == (0, 3)
         found = gradients(mixed_loss(values), case.leaves)
-        assert all((gradient == 0).all() and gradient.shape == leaf.shape for gradient, leaf in zip(found, case.leaves))
+        pairs = zip(found, case.leaves, strict=True)
+        assert all((gradient == 0).all() and gradient.shape == leaf.shape for gradient, leaf in pairs)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
