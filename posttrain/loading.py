@@ -77,13 +77,12 @@ def load_tokenizer(config: TokenizerConfig, model: ModelConfig) -> PreTrainedTok
     name = config.name_or_path or model.name_or_path
     key = "tokenizer.name_or_path" if config.name_or_path else "model.name_or_path"
     place = _existing(name, key)
-    shared = {
-        option: model.options[option]
-        for option in ("revision", "trust_remote_code", "token")
-        if option in model.options
-    }
+    # a revision names a commit of the model's repository and says nothing of another one
+    common = ("trust_remote_code", "token") if config.name_or_path else ("trust_remote_code", "token", "revision")
+    options: dict[str, Any] = {name: model.options[name] for name in common if name in model.options}
+    options.update(config.options)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **{**shared, **config.options})
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except OSError as error:
         raise ValueError(_not_loaded(key, name, error)) from error
     known = {*_TOKENIZER_OPTIONS} | _parameters(type(tokenizer)) | _parameters(PreTrainedTokenizerBase.from_pretrained)

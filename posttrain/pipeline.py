@@ -84,10 +84,10 @@ def train(config: RunConfig) -> Outcome:
         config: resolved.
     """
     run = prepare(config)
-    state = PartialState()
+    state = run.trainer.accelerator.state
     if state.is_main_process:
-        kind = str(run.trainer.accelerator.distributed_type.value)
-        run_record.write(config, processes=state.num_processes, distributed_type=kind, seed=run.args.seed)
+        kind, processes = str(state.distributed_type.value), int(state.num_processes)
+        run_record.write(config, processes=processes, distributed_type=kind, seed=run.args.seed)
     before = _evaluate_base(run) if run.sources and config.evaluation.before else None
     metrics = run.folder / run_record.METRICS_FILE
     run.trainer.add_callback(MetricsLog(metrics))
@@ -103,7 +103,7 @@ def train(config: RunConfig) -> Outcome:
         curves = plot_curves(read(metrics), run.folder / run_record.CURVES_FILE)
         paths |= {"training curves": curves} if curves else {}
         paths |= _write_reports(run.folder, before, after)
-    state.wait_for_everyone()
+    run.trainer.accelerator.wait_for_everyone()
     return Outcome(state.is_main_process, before, after, paths)
 
 
@@ -124,11 +124,12 @@ def evaluate_only(config: RunConfig) -> tuple[Report, Mapping[str, Path]] | None
             f"trainer.output_dir {str(folder)!r} already holds an evaluation ({written.name}); name another folder, or "
             "set overwrite=true to replace it."
         )
-    if not PartialState(cpu=on_cpu()).is_main_process:
+    state: Any = PartialState(cpu=on_cpu())
+    if not state.is_main_process:
         return None
     tokenizer = load_tokenizer(config.tokenizer, config.model)
     sources = load_evaluation_sources(config.evaluation.data, tokenizer)
-    report = _report(_placed(load_model(config.model), PartialState().device), tokenizer, sources, config)
+    report = _report(_placed(load_model(config.model), state.device), tokenizer, sources, config)
     folder.mkdir(parents=True, exist_ok=True)
     written = _write_report(folder, report, run_record.EVALUATION_FILE, run_record.EVALUATION_ITEMS_FILE)
     return report, {"evaluation": written} | _plot(folder, None, report)

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return int(_run(arguments) or 0)
+        return _run(arguments)
     except (ValueError, ImportError, FileExistsError) as error:
         if not _is_ours(error) or os.environ.get("POSTTRAIN_DEBUG") == "1":
             raise
@@ -33,30 +33,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _run(arguments: argparse.Namespace) -> int | None:
-    if arguments.command == "list":
-        from posttrain.cli.list_show import list_objectives
-
-        return list_objectives()
-    if arguments.command == "show":
-        from posttrain.cli.list_show import show
-
-        return show(arguments.name)
-    if arguments.command == "doctor":
-        from posttrain.cli.doctor import doctor
-
-        return doctor()
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "train":
         from posttrain.cli.train import train
 
         return train(arguments.config, arguments.overrides)
-    if arguments.command == "evaluate":
+    if arguments.command == "list":
+        from posttrain.cli.list_show import list_objectives
+
+        list_objectives()
+    elif arguments.command == "show":
+        from posttrain.cli.list_show import show
+
+        show(arguments.name)
+    elif arguments.command == "doctor":
+        from posttrain.cli.doctor import doctor
+
+        doctor()
+    elif arguments.command == "evaluate":
         from posttrain.cli.evaluate import evaluate
 
-        return evaluate(arguments.config, arguments.overrides)
-    from posttrain.cli.annotate import annotate
+        evaluate(arguments.config, arguments.overrides)
+    else:
+        from posttrain.cli.annotate import annotate
 
-    return annotate(arguments.kind, arguments.config, arguments.overrides)
+        annotate(arguments.kind, arguments.config, arguments.overrides)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

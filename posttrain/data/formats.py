@@ -208,11 +208,11 @@ def _check_columns(
 
 def _features_where_numbers(rows: Rows, produced: Collection[str], dropped: Collection[str]) -> Features | None:
     """Features that turn a numeric column into text; left alone, ``map`` would turn the text into numbers again."""
-    found = rows.features or {}
+    found: dict[str, Any] = dict(rows.features or {})
     if all(str(getattr(found.get(name), "dtype", "string")) in ("string", "large_string") for name in produced):
         return None
     kept = {name: feature for name, feature in found.items() if name not in dropped}
-    return Features({**kept, **dict.fromkeys(produced, Value("string"))})
+    return Features(kept | dict.fromkeys(produced, Value("string")))  # type: ignore[arg-type]
 
 
 def _require(name: str, columns: Collection[str], key: str, what: str) -> None:

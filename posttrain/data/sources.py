@@ -117,7 +117,7 @@ def _from_saved(path: Path, source: DataSource, key: str) -> Rows:
     saved = load_from_disk(path)
     if isinstance(saved, DatasetDict):
         if source.split not in saved:
-            raise ValueError(unknown(f"{key}.split of {source.path!r}", source.split, list(saved.keys())))
+            raise ValueError(unknown(f"{key}.split of {source.path!r}", source.split, [str(name) for name in saved]))
         saved = saved[source.split]
     return saved.to_iterable_dataset() if source.streaming else saved
 
