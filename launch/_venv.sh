@@ -31,7 +31,7 @@ activate_environment() {
 # same as the last time.
 install_project() {
   local extras="$1" stamp
-  stamp="$VIRTUAL_ENV/.posttrain-$( (pwd; echo "$extras"; cat pyproject.toml constraints.txt) | sha256sum | cut -c1-16)"
+  stamp="$VIRTUAL_ENV/.posttrain-$( (pwd; echo "$extras"; cat pyproject.toml constraints.txt) | cksum | cut -d" " -f1)"
   if [[ -e "$stamp" ]]; then
     return
   fi
@@ -39,6 +39,11 @@ install_project() {
   python -m pip install --quiet "$(grep '^torch==' constraints.txt)"
   DS_BUILD_OPS=0 python -m pip install --quiet --constraint constraints.txt --editable ".[$extras]"
   touch "$stamp"
+}
+
+# Processor cores that this process may use.
+cores() {
+  python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())'
 }
 
 # Nothing here needs the network once it is installed, and nothing is reported to anyone.

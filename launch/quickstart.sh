@@ -7,4 +7,4 @@ source launch/_venv.sh
 activate_environment
 install_project evaluation
 go_offline
-exec accelerate launch --config_file launch/accelerate/cpu1.yaml -m posttrain train configs/quickstart.yaml "$@"
+exec accelerate launch --config_file launch/accelerate/cpu1.yaml --num_cpu_threads_per_process "$(cores)" -m posttrain train configs/quickstart.yaml "$@"
