@@ -19,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Errors that are not ours propagate.
     """
     arguments = _parser().parse_args(argv)
+    # trl reports which trainers are built, unless this is set before it is imported
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     _log_to_stderr()
     # A console script does not look for modules here; `python -m` does. Objectives may be named by dotted path.
     if os.getcwd() not in sys.path and "" not in sys.path:
