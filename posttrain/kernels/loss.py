@@ -90,18 +90,23 @@ class _Loss(torch.autograd.Function):
         phi: Phi,
         constants: tuple[Tensor, ...],
         with_gradient: bool,
-        *tensors: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        hidden2: Tensor | None,
+        matrix: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        tensors = HeadTensors(hidden, weight, bias, hidden2, matrix)
         needs = ctx.needs_input_grad[6:] if with_gradient else (False,) * len(tensors)
 
-        def run(*tensors: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-            models = Models(Projection(HeadTensors(*tensors), settings), teacher)
-            with autocast_off(tensors[0].device):
+        def run(tensors: HeadTensors) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+            models = Models(Projection(tensors, settings), teacher)
+            with autocast_off(tensors.hidden.device):
                 gradients = Gradients(models.student, needs, whole_weight=True)
                 loss, values = _forward(models, query, phi, constants, gradients)
             return loss, values, gradients.sums
 
-        loss, values, ctx.sums = run(*tensors)
+        loss, values, ctx.sums = run(tensors)
         ctx.run = run
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
@@ -116,7 +121,7 @@ class _Loss(torch.autograd.Function):
             return *nothing, *(None for _ in tensors)
         with torch.no_grad():
             # The sums become the gradients without a copy, so a second backward has to form them again.
-            sums = ctx.run(*tensors)[2] if ctx.sums is None else ctx.sums
+            sums = ctx.run(tensors)[2] if ctx.sums is None else ctx.sums
             ctx.sums = None
             gradients = [
                 sums[name].mul_(incoming).to(tensor.dtype) if tensor is not None and name in sums else None

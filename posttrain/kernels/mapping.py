@@ -82,9 +82,18 @@ class _BlockLogits(torch.autograd.Function):
     """(settings, hidden, weight, bias, hidden2, matrix) -> z of a block, converting the head slice by slice."""
 
     @staticmethod
-    def forward(ctx: Any, settings: Settings, *tensors: Tensor) -> Tensor:
-        projection = Projection(HeadTensors(*tensors), settings)
-        device = tensors[0].device
+    def forward(
+        ctx: Any,
+        settings: Settings,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        hidden2: Tensor | None,
+        matrix: Tensor | None,
+    ) -> Tensor:
+        tensors = HeadTensors(hidden, weight, bias, hidden2, matrix)
+        projection = Projection(tensors, settings)
+        device = hidden.device
         _, ctx.columns_size = block_shape(projection.tokens, projection.vocab, projection.width, device)
         ctx.settings = settings
         rows = projection.rows(slice(None))

@@ -52,6 +52,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def adds_in_float32(device: torch.device) -> bool:
+    """Whether half operands give a float32 product: on tensor cores they do, elsewhere they are widened first."""
+    return device.type == "cuda"
+
+
 @dataclass(frozen=True)
 class Settings:
     """The numbers of a projection, fixed when the forward starts.
@@ -75,9 +80,8 @@ class Settings:
     def of(cls, hidden: Tensor, head: LMHead, temperature: float, result: torch.dtype | None = None) -> "Settings":
         operand = operand_dtype(hidden, head)
         result = result or statistics_dtype(operand)
-        # Tensor cores multiply half precision exactly and add in float32. Elsewhere the product itself is float32.
-        in_half = hidden.device.type == "cuda" and operand in (torch.float16, torch.bfloat16)
-        product = operand if in_half and result == torch.float32 else result
+        in_half = operand in (torch.float16, torch.bfloat16) and result == torch.float32
+        product = operand if in_half and adds_in_float32(hidden.device) else result
         return cls(head.scale, head.softcap, temperature, operand, product, result)
 
     @property

@@ -46,10 +46,19 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Query, settings: Settings, teacher: Projection | None, *tensors: Tensor
+        ctx: Any,
+        query: Query,
+        settings: Settings,
+        teacher: Projection | None,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        hidden2: Tensor | None,
+        matrix: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        models = Models(Projection(HeadTensors(*tensors), settings), teacher)
-        with autocast_off(tensors[0].device):
+        tensors = HeadTensors(hidden, weight, bias, hidden2, matrix)
+        models = Models(Projection(tensors, settings), teacher)
+        with autocast_off(hidden.device):
             state = collect(models, query)
             values = statistics(state, query, models.student.vocab)
         ctx.query, ctx.settings, ctx.teacher, ctx.state_names = query, settings, teacher, tuple(state)

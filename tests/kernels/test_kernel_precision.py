@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from posttrain.kernels import LMHead, vocab_loss, vocab_statistics
+from posttrain.kernels import LMHead, map_logits, projection, vocab_loss, vocab_statistics
 from tests.kernels.problems import DIFFERENTIABLE, gradients, problem, tiles
 
 # Of values, relative to the largest logit or value in sight (at least 1): 16 roundings to float32.
@@ -113,6 +113,33 @@ def test_autocast_rounds_the_operands_and_nothing_else():
     for first, second, truth in zip(inside, outside, expected_gradients, strict=True):
         assert first.dtype == torch.float32
         assert torch.equal(first, truth) and torch.equal(second, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_half_operands_into_float32(dtype, monkeypatch):
+    """The way of a GPU, with its product imitated: gradients of logits round to the operands' dtype, as in dense."""
+    plain = torch.mm
+
+    def mm(left, right, out_dtype=None, **options):
+        assert (left.dtype == dtype) == (out_dtype is not None), "half operands, float32 result"
+        return plain(left, right, **options) if out_dtype is None else plain(left.to(out_dtype), right.to(out_dtype))
+
+    given = case(dtype, 2.0)
+    exact = given.to(torch.float64)
+    truth = exact.statistics("entropy", backend="dense")["entropy"]
+    dense = given.statistics("entropy", backend="dense")["entropy"]
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(projection, "adds_in_float32", lambda device: True)
+    with tiles(9, 80):
+        streamed = given.statistics("entropy")["entropy"]
+        assert errors(streamed, truth) <= errors(dense, truth) + VALUE_TOLERANCE
+        ours = gradient_errors(streamed, truth, given.leaves, exact.leaves)
+        mapped = map_logits(lambda z: z.logsumexp(1), given.hidden, given.head, temperature=1.1)
+        expected = given.statistics("logsumexp")["logsumexp"]
+    torch.testing.assert_close(mapped, expected)
+    theirs = gradient_errors(dense, truth, given.leaves, exact.leaves)
+    for (error, size), (dense_error, _) in zip(ours, theirs, strict=True):
+        assert error <= dense_error + GRADIENT_TOLERANCE * size
 
 
 def test_autocast_leaves_float64_alone():

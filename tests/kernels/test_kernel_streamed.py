@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from posttrain.kernels import DETACHED, STATISTICS, LMHead, map_logits, vocab_loss, vocab_statistics
+from posttrain.kernels import (
+    DETACHED,
+    STATISTICS,
+    LMHead,
+    map_logits,
+    projection,
+    streamed,
+    vocab_loss,
+    vocab_statistics,
+)
 from tests.kernels.problems import DIFFERENTIABLE, gradients, mixed_loss, problem, tiles
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
@@ -88,8 +97,6 @@ def test_no_tokens_stay_connected():
 
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
 def test_frozen_tensors_get_no_gradient(frozen, monkeypatch):
-    from posttrain.kernels import projection
-
     made = []
     original = projection.Gradients.finish
     monkeypatch.setattr(projection.Gradients, "finish", lambda self: (made.append(set(self.sums)), original(self))[1])
@@ -101,6 +108,15 @@ def test_frozen_tensors_get_no_gradient(frozen, monkeypatch):
     assert all(leaf.grad is None for leaf in parts[frozen])
     expected = {"head": {"hidden"}, "hidden": {"weight", "bias", "hidden2", "matrix"}}[frozen]
     assert made == [expected], "no memory for what nobody asked for"
+
+
+def test_only_incoming_gradients_are_propagated(monkeypatch):
+    arrived = []
+    original = streamed.coefficients
+    monkeypatch.setattr(streamed, "coefficients", lambda g, *rest: (arrived.append(set(g)), original(g, *rest))[1])
+    values = problem(4, 6, 3).statistics(*STATISTICS)
+    (values["entropy"] + values["jsd"]).sum().backward()
+    assert arrived == [{"entropy", "jsd"}]
 
 
 def test_a_head_tied_to_the_embedding_gets_both_gradients():
