@@ -129,10 +129,12 @@ def load_evaluation_sources(
     chosen: Iterable[EvaluationSource], tokenizer: PreTrainedTokenizerBase, key: str = "evaluation.data"
 ) -> Mapping[str, Any]:
     """Name -> `posttrain.evaluation.Source`; a name that is taken gets a number."""
-    from posttrain.evaluation import Source
+    from posttrain.evaluation import Source, verifiers
 
     found: dict[str, Source] = {}
     for index, source in enumerate(chosen):
+        if source.verifier not in verifiers.names():
+            raise ValueError(unknown(f"{key}.{index}.verifier", source.verifier, verifiers.names()))
         rows = load_rows(source, tokenizer, key=f"{key}.{index}", training=False)
         wanted = source.label or source.task or Path(str(source.path)).name.partition(".")[0]
         name, number = wanted, 1

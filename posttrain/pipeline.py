@@ -18,7 +18,7 @@ from posttrain import run_record
 from posttrain.config import ModelConfig, RunConfig, peft_config, trainer_config_class
 from posttrain.config.resolve import on_cpu
 from posttrain.evaluation import Report, evaluate, plot_pass_at_k
-from posttrain.loading import load_evaluation_sources, load_model, load_rows, load_tokenizer
+from posttrain.loading import load_evaluation_sources, load_model, load_rows, load_tokenizer, location
 from posttrain.metrics_log import MetricsLog, plot_curves, read
 
 logger = logging.getLogger(__name__)
@@ -69,12 +69,14 @@ def prepare(config: RunConfig) -> Run:
     set_seed(args.seed)
     checkpoint = _guard(config)
     tokenizer = load_tokenizer(config.tokenizer, config.model)
-    with PartialState().main_process_first():
+    with PartialState().local_main_process_first():
         train_rows = load_rows(config.data.train, tokenizer, key="data.train")
         eval_rows = load_rows(config.data.eval, tokenizer, key="data.eval") if config.data.eval is not None else None
         sources = load_evaluation_sources(config.evaluation.data or (), tokenizer)
     trainer = _trainer(config, args, tokenizer, train_rows, eval_rows)
-    return Run(config, args, tokenizer, trainer, sources, checkpoint)
+    run = Run(config, args, tokenizer, trainer, sources, checkpoint)
+    _check_evaluation(run)
+    return run
 
 
 def train(config: RunConfig) -> Outcome:
@@ -86,6 +88,8 @@ def train(config: RunConfig) -> Outcome:
     run = prepare(config)
     state = run.trainer.accelerator.state
     if state.is_main_process:
+        if config.overwrite:
+            run_record.clear(run.folder)
         kind, processes = str(state.distributed_type.value), int(state.num_processes)
         run_record.write(config, processes=processes, distributed_type=kind, seed=run.args.seed)
     before = _evaluate_base(run) if run.sources and config.evaluation.before else None
@@ -136,13 +140,19 @@ def evaluate_only(config: RunConfig) -> tuple[Report, Mapping[str, Path]] | None
 
 
 def _guard(config: RunConfig) -> str | None:
-    """The main process looks first and may clear the folder; then all agree on the checkpoint."""
-    state = PartialState()
+    """The checkpoint to resume from; every process looks before the main one writes anything."""
     folder = config.trainer["output_dir"]
-    if state.is_main_process:
-        run_record.guard_output_dir(folder, resume=config.resume, overwrite=config.overwrite)
-    state.wait_for_everyone()
-    return run_record.guard_output_dir(folder, resume=config.resume) if config.resume else None
+    base = Path(location(config.model.name_or_path)).resolve()
+    if config.overwrite and base == Path(folder).resolve():
+        raise ValueError(
+            f"overwrite is true, and trainer.output_dir {folder!r} holds the model to train; name another folder."
+        )
+    return run_record.guard_output_dir(folder, resume=config.resume, overwrite=config.overwrite)
+
+
+def _check_evaluation(run: Run) -> None:
+    """Evaluate on nothing, so that a wrong setting is found before the training and not after it."""
+    _report(run.trainer.model, run.tokenizer, {}, run.config)
 
 
 def _trainer(config: RunConfig, args: Any, tokenizer: Any, train_rows: Any, eval_rows: Any) -> Any:

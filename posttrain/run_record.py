@@ -114,12 +114,12 @@ def write(config: RunConfig, *, processes: int = 1, distributed_type: str = "NO"
 
 
 def guard_output_dir(path: str | Path, *, resume: bool | str = False, overwrite: bool = False) -> str | None:
-    """Make sure that a run does not mix with another in its folder.
+    """Make sure that a run does not mix with another in its folder; nothing is changed there.
 
     Args:
         path: the output folder; it need not exist.
         resume: true for the folder's last checkpoint, or a checkpoint's path.
-        overwrite: the earlier run's results, checkpoints and model files are removed; other files stay.
+        overwrite: an earlier run may be replaced, which `clear` does.
     Returns:
         the checkpoint to resume from, or None.
     Raises:
@@ -136,12 +136,18 @@ def guard_output_dir(path: str | Path, *, resume: bool | str = False, overwrite:
             f"trainer.output_dir {str(path)!r} already holds a run ({held[0].name}); name another folder, or set "
             "resume=true to continue that run or overwrite=true to replace it."
         )
+    return None
+
+
+def clear(path: str | Path) -> None:
+    """Remove a run's results, checkpoints and model files from its folder; other files stay."""
+    folder = Path(path)
+    held = _files_of_a_run(folder)
     for file in held:
         shutil.rmtree(file) if file.is_dir() else file.unlink()
     if held:
         for name in _EVALUATION_FILES:
             (folder / name).unlink(missing_ok=True)
-    return None
 
 
 def _checkpoint(folder: Path, resume: bool | str) -> str:

@@ -146,6 +146,16 @@ def test_a_second_run_is_refused_resumed_or_replaced(folder: Path, capsys: pytes
     assert len([line for line in lines(out / "metrics.jsonl") if "loss" in line]) == 2
 
 
+def test_overwriting_spares_the_model_it_starts_from_and_a_run_that_is_not_replaced_after_all(
+    folder: Path, trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, _ = trained
+    assert run(folder, "overwrite=true", f"model.name_or_path={made}") == 2
+    assert "holds the model to train" in capsys.readouterr().err
+    assert run(folder, "overwrite=true", "objective=no_such") == 2
+    assert (made / "model.safetensors").exists() and (made / "metrics.jsonl").exists()
+
+
 def test_resuming_from_an_earlier_checkpoint_drops_the_lines_it_repeats(folder: Path) -> None:
     quick = ("evaluation.data=[]", f"trainer.output_dir={folder / 'again'}")
     assert run(folder, *quick) == 0
@@ -226,6 +236,9 @@ def test_a_loss_that_is_no_number_ends_the_run_with_one_line(folder: Path, capsy
         (["model.dtype=float23"], "did you mean 'float32'"),
         (["model.revison=x"], "did you mean 'model.revision'"),
         (["tokenizer.paddng_side=left"], "did you mean 'tokenizer.padding_side'"),
+        (["evaluation.before=false", "evaluation.k=[4]"], "samples=2"),
+        (["evaluation.before=false", "evaluation.metrics=[genration]"], "generation"),
+        (["evaluation.data.0.verifier=exat"], "did you mean 'exact'"),
         (["resume=true"], "holds no checkpoint"),
         (["resume=none"], "resume is 'none'"),
     ],
@@ -236,7 +249,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert run(folder, f"trainer.output_dir={folder / 'never'}", *overrides) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("posttrain: ") and words in said
-    assert not (folder / "never").exists()
+    assert not any((folder / "never").glob("*"))
 
 
 def test_a_traceback_can_be_had_and_other_errors_propagate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,8 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     for name in ("run.json", "model.safetensors", "evaluation.json", "notes.md"):
         (tmp_path / name).write_text("{}")
     assert guard_output_dir(tmp_path, overwrite=True) is None
+    assert (tmp_path / "model.safetensors").exists()
+    run_record.clear(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-best", "notes.md"]
 
 

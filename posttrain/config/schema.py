@@ -92,7 +92,9 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """``evaluation:``: settings of `posttrain.evaluation.evaluate`.
+    """``evaluation:``: settings of `posttrain.evaluation.evaluate`, which the main process runs alone.
+
+    The other processes wait, at most ``trainer.ddp_timeout`` seconds.
 
     Args:
         data: None takes ``data.eval``.
