@@ -13,7 +13,7 @@ HEADS = {
     "adapter": {"scale": 0.6, "bias": True, "rank": 1},
 }
 # Tokens and vocabulary of the problem, tokens and vocabulary of a tile: several of each, ragged, and single entries.
-SHAPES = {"ragged": (3, 7, 2, 3), "single": (2, 4, 1, 1), "whole": (3, 5, 8, 8)}
+SHAPES = {"ragged": (3, 5, 2, 3), "single": (2, 4, 1, 1), "whole": (3, 5, 8, 8)}
 
 
 def check(function, case):
@@ -21,11 +21,11 @@ def check(function, case):
     assert torch.autograd.gradcheck(lambda *leaves: function(case.with_leaves(leaves)), case.leaves)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", ["plain", "softcap", "everything"])
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_each_statistic(name, head):
-    case = problem(3, 7, 3, **HEADS[head])
-    with tiles(2, 3):
+    case = problem(2, 5, 2, **HEADS[head])
+    with tiles(1, 2):
         check(lambda case: case.statistics(name)[name], case)
 
 
