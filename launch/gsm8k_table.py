@@ -21,8 +21,10 @@ def measures(run: Path, when: str) -> dict[str, dict]:
     return source["metrics"]
 
 
-def cell(found: dict) -> str:
-    """``value [low, high]``."""
+def cell(found: dict | None) -> str:
+    """``value [low, high]``; None where the run was not evaluated so."""
+    if found is None:
+        return "not measured"
     return f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
 
 
@@ -38,13 +40,13 @@ def main() -> None:
         if "base" not in record["runs"] and (run / "evaluation_before.json").exists():
             before = measures(run, "before")
             record["runs"]["base"] = before
-            lines.append(f"| base | | {' | '.join(cell(before[metric]) for metric in METRICS)} |")
+            lines.append(f"| base | | {' | '.join(cell(before.get(metric)) for metric in METRICS)} |")
         after = measures(run, "after")
         losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses = [entry["loss"] for entry in losses if "loss" in entry]
         record["runs"][folder] = {"after": after, "about": about, "train_losses": losses}
         engine = f"{about['distributed_type']} x {about['processes']}"
-        lines.append(f"| {label} | {engine} | {' | '.join(cell(after[metric]) for metric in METRICS)} |")
+        lines.append(f"| {label} | {engine} | {' | '.join(cell(after.get(metric)) for metric in METRICS)} |")
     table = "\n".join(lines) + "\n"
     results = ROOT / "launch/results"
     (results / "gsm8k.md").write_text(table)

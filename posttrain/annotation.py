@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from rich.progress import track
 from torch import nn
@@ -87,6 +88,11 @@ def annotate_teacher_topk(config: RunConfig) -> Path:
         )  # fmt: skip
         raise ValueError(f"{missing} is missing; `annotate teacher-topk` needs a teacher, training data and an output.")
     check_output(settings.output)
+    if PartialState().num_processes > 1:
+        raise ValueError(
+            f"annotate runs in {PartialState().num_processes} processes, which would write one file; start it in one, "
+            "with `python -m posttrain annotate`."
+        )
     tokenizer = load_tokenizer(config.tokenizer, config.model)
     if load_tokenizer(TokenizerConfig(), config.teacher).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
@@ -97,8 +103,9 @@ def annotate_teacher_topk(config: RunConfig) -> Path:
     if not isinstance(rows, Dataset):
         raise ValueError("data.train.streaming is true; annotation writes every row once, so set it to false.")
     with tempfile.TemporaryDirectory() as folder:
+        whole_rows = {"packing": False, "eval_packing": None, "padding_free": False}
         args = trainer_config_class(config.method)(
-            **{**config.trainer, "output_dir": folder, "packing": False, "report_to": "none", "push_to_hub": False}
+            **{**config.trainer, **whole_rows, "output_dir": folder, "report_to": "none", "push_to_hub": False}
         )
         trainer = SupervisedTrainer(
             load_model(config.teacher, key="teacher"), args, train_dataset=rows, processing_class=tokenizer
@@ -106,7 +113,10 @@ def annotate_teacher_topk(config: RunConfig) -> Path:
     model = trainer.model.to(trainer.accelerator.device).eval()
     tokenised: Any = trainer.train_dataset
     found = teacher_topk(model, tokenised, trainer.data_collator, k=settings.k, batch_size=settings.batch_size)
-    kept = rows.select(found[ROW_NUMBER])
+    # rows numbered before some were skipped keep their numbers: a number is no position
+    numbers = rows[ROW_NUMBER] if ROW_NUMBER in rows.column_names else range(len(rows))
+    position = {number: index for index, number in enumerate(numbers)}
+    kept = rows.select([position[number] for number in found[ROW_NUMBER]])
     for name in ("input_ids", "labels", "teacher_ids", "teacher_ids_logp"):
         kept = kept.remove_columns(name) if name in kept.column_names else kept
         kept = kept.add_column(name, found[name])

@@ -101,6 +101,8 @@ def bind_statistic(statistic: Statistic, computed: Mapping[str, Tensor], side: S
         return segment_sum(values, side.lengths)
     if statistic.reduction == "mean":
         return segment_mean(values, side.lengths)
+    if statistic.reduction or statistic.role or statistic.reference:
+        raise ValueError(f"statistic {statistic.name!r} cannot be bound here; this is a mistake of the trainer.")
     return values
 
 

@@ -66,7 +66,8 @@ def parse(name: str) -> Statistic | None:
         return Statistic(name, rest, role, reference)
     for reduction in REDUCTIONS:
         kernel = rest.removeprefix(reduction + "_")
-        if kernel != rest and kernel in known:
+        # what is per sequence already has nothing left to reduce
+        if kernel != rest and kernel in (*STATISTICS, "probability"):
             return Statistic(name, kernel, role, reference, reduction)
     return None
 

@@ -25,6 +25,18 @@ class KernelOptions:
     k: int | None = None
     jsd_beta: float = 0.5
 
+    def __post_init__(self) -> None:
+        numbers = {"temperature": self.temperature, "jsd_beta": self.jsd_beta}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"statistics.{name} is {value!r}; give a number.")
+        if not self.temperature > 0:
+            raise ValueError(f"statistics.temperature is {self.temperature}; give a number above 0.")
+        if not 0 <= self.jsd_beta <= 1:
+            raise ValueError(f"statistics.jsd_beta is {self.jsd_beta}; give a number from 0 to 1.")
+        if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
+            raise ValueError(f"statistics.k is {self.k!r}; give a whole number from 1.")
+
 
 @dataclass(frozen=True)
 class Available:
@@ -130,6 +142,8 @@ def _build(item: Objective, available: Available) -> Term:
     prepare_columns: tuple[str, ...] = ()
     if prepares and declaration.prepare is not None:
         prepare_statistics, prepare_columns = _inputs(name, signature(declaration.prepare), available, False)
+    if kernel_options.k is None and any(item.kernel.startswith("topk_") for item in statistics.values()):
+        raise ValueError(f"objective {name!r} asks for the policy's top k; give k as `statistics: {{k: 5}}` beside it.")
     return Term(
         name=name,
         function=function,
@@ -203,8 +217,8 @@ def _unavailable(statistic: Statistic, available: Available) -> str | None:
         return "but this trainer has no reference model"
     if statistic.kernel in TEACHER_STATISTICS and not available.teacher:
         return "but no teacher is given; pass `teacher:` with the model to learn from"
-    if statistic.kernel == "hidden":
-        return "but hidden states are not bound by this trainer"
+    if statistic.kernel == "hidden" or statistic.reduction in ("head_sum", "tail_sum"):
+        return "which this trainer does not bind"
     return None
 
 

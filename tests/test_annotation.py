@@ -96,6 +96,31 @@ def test_from_a_configuration_to_a_step_on_the_annotated_rows(tmp_path):
     assert metrics[0]["loss"] > 0
 
 
+def test_skipped_rows_shift_nothing(tmp_path):
+    """One row without a completion in the middle, one cut to nothing at the end."""
+    from posttrain.config import resolve
+
+    rows = [{**row, "id": index} for index, row in enumerate(tiny.rows(6))]
+    rows[2]["completion"] = ""
+    rows[5]["prompt"] = "a" * 40
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = saved(tmp_path / "model", 0)
+    tree = {
+        "model": {"name_or_path": model},
+        "teacher": {"name_or_path": model},
+        "data": {"train": {"path": str(tmp_path / "rows.jsonl")}},
+        "annotation": {"output": str(tmp_path / "annotated.jsonl")},
+        "trainer": {"use_cpu": True, "bf16": False, "max_length": 20},
+    }
+    written = annotate_teacher_topk(resolve(from_tree(tree)))
+    annotated = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [row["id"] for row in annotated] == [0, 1, 3, 4]
+    tokenizer = tiny.tokenizer()
+    for row in annotated:
+        text = rows[row["id"]]["prompt"] + rows[row["id"]]["completion"]
+        assert tokenizer.decode(row["input_ids"]).replace(" ", "").removesuffix("<eos>") == text
+
+
 def test_a_teacher_with_another_vocabulary_is_refused(tmp_path):
     student = saved(tmp_path / "student", 0)
     tokenizer = tiny.tokenizer()

@@ -79,13 +79,22 @@ class ObjectiveMixin(Host):
         if self._coupled and not counts.resolved:
             resolve(counts, self.terms, [(detached(computed), side)], self.accelerator)
         shares = self._reduce(counts, computed, side, self._sums["train"])
-        self._check_finite(shares, side)
+        auxiliary = self._auxiliary(outputs, len(counts.batches), "train")
+        self._check_finite([*shares, auxiliary], computed, side)
         # DDP, FSDP and ZeRO average gradients over ranks, and the denominators already count all of them
         loss = torch.stack(shares).sum() * self.accelerator.num_processes
-        loss = loss + self._auxiliary(outputs, len(counts.batches), "train")
+        loss = loss + auxiliary
         self._log_tokens(computed, side, self._sums["train"])
         self._clock_tokens += side.num_tokens
         return (loss, outputs) if return_outputs else loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own, with the clock of tokens per second started here."""
+        self._clock, self._clock_tokens = time.perf_counter(), 0
+        return super().train(*args, **kwargs)
+
+    def _send_telemetry(self) -> None:
+        """Nothing is reported to anyone."""
 
     @property
     def _coupled(self) -> bool:
@@ -137,6 +146,11 @@ class ObjectiveMixin(Host):
         for index, term in enumerate(self.terms):
             loss = term(bind_term(term, computed, side, counts.prepared.get(index, {})))
             self._check_units(term, loss, side)
+            if loss.weight is not None and index not in counts.denominators:
+                raise ValueError(
+                    f"objective {term.name!r} returned a weight now and none on its trial call at the start; declare "
+                    "it with `declare(..., model_weight=True)` so that the step's weights are counted."
+                )
             denominator = counts.denominators.get(index, counts.units[term.declaration.unit])
             shares.append(term.weight * divide(weighted_sum(loss.values, loss.weight), denominator))
             for name, values in loss.metrics.items():
@@ -153,13 +167,21 @@ class ObjectiveMixin(Host):
                 f"{loss.values.shape[0]} values for {expected} of them; return one value each."
             )
 
-    def _check_finite(self, shares: Sequence[Tensor], side: Side) -> None:
-        """One look at the device per forward, and only on failure a second one for the message."""
-        if torch.isfinite(torch.stack([share.detach() for share in shares])).all():
+    def _check_finite(self, shares: Sequence[Tensor | float], computed: Computed, side: Side) -> None:
+        """One look at the device per forward, and only on failure more of them for the message.
+
+        The log-probabilities are looked at too: a threshold compares false with NaN, and would hide it.
+        """
+        logp = computed[KernelOptions()]["logp"].detach().sum()
+        numbers = [torch.as_tensor(share, device=logp.device).detach().to(logp) for share in shares]
+        if torch.isfinite(torch.stack([logp, *numbers])).all():
             return
-        term, share = next(pair for pair in zip(self.terms, shares, strict=True) if not torch.isfinite(pair[1]))
+        names = [f"objective {term.name!r}" for term in self.terms] + ["the mixture of experts' auxiliary loss"]
+        found = [(name, number.item()) for name, number in zip(names, numbers, strict=True) if not number.isfinite()]
+        name, number = found[0] if found else (f"objective {self.terms[0].name!r}", logp.item())
+        what = "the loss" if found else "summed log-probabilities of"
         raise NonFiniteLossError(
-            f"objective {term.name!r} gave the loss {share.item()} at step {self.state.global_step} on rows "
+            f"{name} gave {what} {number} after {self.state.global_step} steps on rows "
             f"{sorted(set(side.row_number.tolist()))} of the training data; checkpoints already written are kept: look "
             "at those rows or lower trainer.learning_rate, and go on from the last checkpoint."
         )
@@ -203,7 +225,10 @@ class ObjectiveMixin(Host):
                 plain = {key: value for key, value in inputs.items() if key not in ("side", "labels")}
                 logits, labels = model(**plain).logits, inputs.get("labels")
         if self._evaluated is not None:
-            self._evaluated.append(self._without_repeats(computed, side))
+            computed, side = self._without_repeats(computed, side)
+            # the whole set's statistics wait on the CPU for its quantiles and counts
+            waiting = {o: {name: values.cpu() for name, values in group.items()} for o, group in computed.items()}
+            self._evaluated.append((waiting, side.to("cpu")))
         return torch.zeros((), device=inputs["input_ids"].device), logits, labels
 
     def _without_repeats(self, computed: Computed, side: Side) -> tuple[Computed, Side]:
@@ -232,11 +257,11 @@ class ObjectiveMixin(Host):
         tokens, sequences = self.accelerator.reduce(torch.tensor(local, device=device), "sum")
         counts = StepCounts({"tokens": tokens, "sequences": sequences})
         resolve(counts, self.terms, batches, self.accelerator)
-        loss = torch.zeros((), device=device)
+        loss = torch.zeros(())
         for computed, side in batches:
             loss = loss + torch.stack(self._reduce(counts, computed, side, sums)).sum()
             self._log_tokens(computed, side, sums)
-        loss = self.accelerator.reduce(loss, "sum").item()
+        loss = self.accelerator.reduce(loss.to(device), "sum").item()
         metrics = sums.reduce(self.accelerator)
         if "aux_loss" in metrics:
             loss += self.router_aux_loss_coef * metrics["aux_loss"]
@@ -247,11 +272,14 @@ class ObjectiveMixin(Host):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log, reduced over micro-batches and ranks."""
-        if self.model.training and "loss" in logs:
+        if "loss" in logs:
             logs.update(self._sums["train"].reduce(self.accelerator))
             tokens = torch.tensor(self._clock_tokens, device=self.accelerator.device)
             total = self.accelerator.reduce(tokens, "sum").item()
             now = time.perf_counter()
+            if not self._all_tokens:
+                counted = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+                self._all_tokens = int(counted[-1]) if counted else 0
             self._all_tokens += total
             logs["num_tokens"] = self._all_tokens
             logs["tokens_per_second"] = total / max(now - self._clock, 1e-9)

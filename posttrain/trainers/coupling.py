@@ -12,6 +12,7 @@ from torch import Tensor
 from posttrain.binding import Side, bind
 from posttrain.reduction import StepCounts
 from posttrain.terms import KernelOptions, Term, bound_inputs
+from posttrain.trainers.metrics import sum_dtype
 
 Computed = Mapping[KernelOptions, Mapping[str, Tensor]]
 
@@ -67,10 +68,10 @@ def resolve(
                 prepared = term.prepare({name: gather_ragged(tensor, accelerator) for name, tensor in mine.items()})
             counts.prepared[index] = prepared
             if term.counts_weight:
-                total = counts.units["tokens"].new_zeros((), dtype=torch.float64)
+                total = torch.zeros((), dtype=sum_dtype(accelerator.device), device=accelerator.device)
                 for computed, side in batches:
                     weight = term(bind_term(term, computed, side, prepared)).weight
-                    total += _units(term, side) if weight is None else weight.sum()
+                    total += _units(term, side) if weight is None else weight.sum().to(total)
                 counts.denominators[index] = accelerator.reduce(total, "sum")
     counts.resolved = True
 
@@ -87,9 +88,10 @@ def gather_ragged(tensor: Tensor, accelerator: Accelerator) -> Tensor:
     """Concatenate a tensor whose first dimension differs between ranks, in rank order."""
     if accelerator.num_processes == 1:
         return tensor
-    length = torch.tensor([tensor.shape[0]], device=tensor.device)
+    length = torch.tensor([tensor.shape[0]], device=accelerator.device)
     lengths = accelerator.gather(length).tolist()
-    padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
+    padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]), device=accelerator.device)
     padded[: tensor.shape[0]] = tensor
-    gathered = accelerator.gather(padded).split(max(lengths)) if max(lengths) else [tensor]
-    return torch.cat([part[:length] for part, length in zip(gathered, lengths, strict=False)])
+    gathered = accelerator.gather(padded).split(max(lengths)) if max(lengths) else [padded]
+    whole = torch.cat([part[:length] for part, length in zip(gathered, lengths, strict=False)])
+    return whole.to(tensor.device)

@@ -5,6 +5,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """float64 for sums over many tokens, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class MetricSums:
     """Sum and count of each metric, kept on the device so that no step waits for it."""
 
@@ -19,7 +24,7 @@ class MetricSums:
             values: detached.
             weight: (units,), for a weighted mean.
         """
-        values = values.detach().to(torch.float32 if values.device.type == "mps" else torch.float64)
+        values = values.detach().to(sum_dtype(values.device))
         if weight is None:
             count = torch.full_like(values.sum(), values.numel())
             total = values.sum()
@@ -34,6 +39,7 @@ class MetricSums:
         if not self._sums:
             return {}
         names = sorted(self._sums)
-        totals = accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
+        sums = torch.stack([self._sums[name].to(accelerator.device) for name in names])
+        totals = accelerator.reduce(sums, "sum").tolist()
         self._sums.clear()
         return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}

@@ -66,6 +66,7 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
             raise ValueError("train_dataset is missing; pass a datasets.Dataset or IterableDataset.")
         available = Available(columns=_side_columns(train_dataset), teacher=teacher is not None)
         terms = build_terms(objective, available)
+        _check_streams(args, train_dataset, eval_dataset)
         self._columns = tuple(dict.fromkeys(name for term in terms for name in (*term.columns, *term.prepare_columns)))
         self._sequence_term = next((term.name for term in terms if _needs_sequences(term)), None)
         _check_eval_columns(eval_dataset, self._columns)
@@ -93,14 +94,21 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
         if teacher is None:
             return None
         if isinstance(teacher, str):
-            teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=self.model.dtype)
+            with trl_adapter.whole_weights(self.args):
+                teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=self.model.dtype)
+        if any(hasattr(parameter, "ds_id") for parameter in teacher.parameters()):
+            raise ValueError(
+                "teacher was sharded by ZeRO-3 while it was loaded, and has no engine that would gather it; pass its "
+                "name, or load it before the trainer's configuration is made."
+            )
         mine, theirs = (model.config.get_text_config().vocab_size for model in (self.model, teacher))
         if mine != theirs:
             raise ValueError(
                 f"teacher has a vocabulary of {theirs} and the model one of {mine}; a teacher must share the tokenizer."
             )
         attach(teacher)
-        return teacher.to(self.accelerator.device).eval().requires_grad_(False)
+        placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
+        return (teacher if placed else teacher.to(self.accelerator.device)).eval().requires_grad_(False)
 
     @torch.no_grad()
     def _teacher_states(self, model_inputs: dict[str, Any], side: Side) -> Any:
@@ -160,6 +168,19 @@ def _sft_config(args: SFTConfig | TrainingArguments | None, model: Any) -> SFTCo
 
 def _side_columns(dataset: AnyDataset) -> list[str]:
     return [name for name in column_names(dataset) if name not in TEXT_COLUMNS]
+
+
+def _check_streams(args: SFTConfig, train_dataset: AnyDataset, eval_dataset: Any) -> None:
+    """A stream's batches are built by each process: accelerate's dispatching would concatenate what is no tensor."""
+    evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    streams = [isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated)]
+    if any(streams):
+        args.accelerator_config.dispatch_batches = False
+    if any(streams[1:]) and args.world_size > 1:
+        raise ValueError(
+            f"data.eval is streamed and there are {args.world_size} processes, between which a stream is filled up with "
+            "repeated rows that would count twice; set data.eval.streaming to false."
+        )
 
 
 def _needs_sequences(term: Term) -> bool:

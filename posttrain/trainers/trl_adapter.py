@@ -9,7 +9,6 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PreTrainedModel
 from trl import SFTConfig
 from trl.trainer.utils import create_model_from_path
 
@@ -58,9 +57,9 @@ def refuse_prompt_learning(model: Any, config: PeftConfig | None) -> None:
     configs = [config] if config else list(model.peft_config.values()) if isinstance(model, PeftModel) else []
     for one in configs:
         if one.is_prompt_learning:
+            kind = getattr(one.peft_type, "value", one.peft_type)
             raise ValueError(
-                f"peft is {getattr(one.peft_type, 'value', one.peft_type)}, whose virtual tokens shift every position; use an adapter on weights, "
-                "such as LORA."
+                f"peft is {kind}, whose virtual tokens shift every position; use an adapter on weights, such as LORA."
             )
 
 
@@ -90,6 +89,17 @@ def with_head_adapter(model: Any, args: SFTConfig, peft_config: PeftConfig) -> P
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     # ZeRO-3 gathers into buffers of one dtype: adapters in float32 beside a bf16 base would fail on the first step
     return get_peft_model(model, copy.copy(peft_config), autocast_adapter_dtype=not zero3)
+
+
+@contextmanager
+def whole_weights(args: Any) -> Iterator[None]:
+    """ZeRO-3 shards whatever is loaded while it is on; a model that stays outside its engine must be loaded whole."""
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    with plugin.zero3_init_context_manager(enable=False):
+        yield
 
 
 @contextmanager

@@ -133,14 +133,21 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-def test_a_stream_trains_with_its_columns(tmp_path):
+def test_a_stream_trains_like_the_same_rows_in_memory(tmp_path):
     def weighted(logp, score):
         return Loss(-logp, weight=score + 1)
 
-    stream = Dataset.from_list(tiny.rows()).to_iterable_dataset()
-    trainer = build(tmp_path, weighted, batch=2, accumulation=2, train=stream, max_steps=2)
-    trainer.train()
-    assert trainer.state.global_step == 2
+    rows = Dataset.from_list(tiny.rows())
+    options = {"batch": 4, "accumulation": 2, "learning_rate": 1e-2}
+    whole = build(tmp_path, weighted, train=rows, **options)
+    streamed = build(tmp_path, weighted, train=rows.to_iterable_dataset(), eval_dataset=rows, **options)
+    for trainer in (whole, streamed):
+        trainer.train()
+    for one, other in zip(whole.model.parameters(), streamed.model.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    assert streamed.evaluate()["eval_loss"] == pytest.approx(
+        streamed.evaluate(eval_dataset=rows.to_iterable_dataset())["eval_loss"], rel=1e-6
+    )
 
 
 def test_conversations_train_the_assistant_alone(tmp_path):
@@ -181,13 +188,71 @@ def test_an_all_masked_batch_is_a_zero_loss_with_finite_gradients(tmp_path):
         assert all(p.grad is None or p.grad.isfinite().all() for p in trainer.model.parameters())
 
 
-def test_a_non_finite_loss_stops_with_step_rows_and_objective(tmp_path):
-    def poisoned(logp, score):
-        return Loss(torch.where(score == 1.25, math.nan, -logp))
+def poisoned(logp, score):
+    return Loss(torch.where(score == 1.25, math.nan, -logp))
 
-    trainer = build(tmp_path, ["nll", poisoned], batch=8, save_strategy="steps", save_steps=1)
-    with pytest.raises(NonFiniteLossError, match=r"'poisoned' gave the loss nan at step 0 on rows \[0, 1, .*5"):
+
+def test_a_non_finite_loss_names_rows_and_objective(tmp_path):
+    trainer = build(tmp_path, ["nll", poisoned], batch=8)
+    with pytest.raises(NonFiniteLossError, match=r"'poisoned' gave the loss nan after 0 steps on rows \[0, 1, .*5"):
         trainer.train()
+
+
+class Poison(TrainerCallback):
+    """Breaks the model after a step, as an overflow would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            next(model.parameters()).data.fill_(math.nan)
+
+
+@pytest.mark.parametrize("objective", ["nll", {"name": "probability_threshold", "threshold": 0.2}])
+def test_a_broken_model_stops_and_the_last_checkpoint_stays(tmp_path, objective):
+    """A threshold compares false with NaN and would train on at a loss of zero."""
+    trainer = build(
+        tmp_path, objective, batch=2, max_steps=4, save_strategy="steps", save_steps=1, callbacks=[Poison(2)]
+    )
+    with pytest.raises(NonFiniteLossError, match="after 2 steps"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").exists()
+
+
+def test_an_undeclared_weight_that_comes_late_is_an_error(tmp_path):
+    calls = []
+
+    def moody(logp):
+        calls.append(1)
+        return Loss(-logp, weight=None if len(calls) == 1 else torch.ones_like(logp))
+
+    with pytest.raises(ValueError, match="declare it with"):
+        build(tmp_path, moody).train()
+
+
+def test_nothing_is_reported_to_anyone(tmp_path, monkeypatch):
+    import trl.trainer.base_trainer as base
+
+    monkeypatch.setattr(base, "send_telemetry", lambda **_: pytest.fail("telemetry was sent"))
+    monkeypatch.delenv("CI", raising=False)
+    build(tmp_path)
+
+
+def test_push_to_hub_still_goes_through_the_trainer(tmp_path, monkeypatch):
+    pushed = []
+
+    class Hub:
+        def upload_folder(self, **arguments):
+            pushed.append(arguments["repo_id"])
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    monkeypatch.setattr(SupervisedTrainer, "init_hf_repo", lambda self, *args, **kwargs: None)
+    trainer = build(tmp_path, push_to_hub=True, hub_model_id="someone/tiny")
+    trainer.hub_model_id = "someone/tiny"
+    trainer.train()
+    trainer.push_to_hub()
+    assert pushed == ["someone/tiny"]
 
 
 def test_the_mixture_of_experts_loss_is_added(tmp_path):
