@@ -12,7 +12,7 @@ from posttrain.cli.output import print_rows
 from posttrain.kernels.table import TEACHER_STATISTICS
 from posttrain.objectives import Declaration
 from posttrain.statistics import TOKEN_COLUMNS, parse, signature
-from posttrain.terms import Available, build_terms
+from posttrain.terms import Available, KernelOptions, build_terms
 
 
 def list_objectives() -> None:
@@ -74,6 +74,7 @@ def example(name: str, function: Callable[..., Any]) -> str:
     lines = yaml.safe_dump({"objective": term}, sort_keys=False, allow_unicode=True).splitlines()
     lines += [f"  # {key}: null" for key, value in options.items() if value is None]
     lines += [f"  {key}:   # needs a value" for key, value in options.items() if value is inspect.Parameter.empty]
+    lines += ["  # weight: 1.0", f"  # statistics: {_kernel_options(function)}"]
     sources = bindings(function)
     columns = [key for key, what in sources.items() if what == "data column"]
     if any(key in columns for key in TOKEN_COLUMNS):
@@ -103,6 +104,18 @@ def argument_docs(text: str) -> dict[str, str]:
 
 def _declarations(members: dict[str, Callable[..., Any]]) -> list[tuple[str, Declaration]]:
     return [(name, function.declaration) for name, function in members.items()]  # type: ignore[attr-defined]
+
+
+def _kernel_options(function: Callable[..., Any]) -> str:
+    """The kernel's options that matter to the objective's statistics, at their defaults."""
+    read, defaults = signature(function), KernelOptions()
+    kernels = {found.kernel for name in (*read.required, *read.optional) if (found := parse(name))}
+    options: dict[str, Any] = {"temperature": defaults.temperature}
+    if "jsd" in kernels:
+        options["jsd_beta"] = defaults.jsd_beta
+    if kernels & {"topk_logp", "topk_ids"}:
+        options["k"] = 8
+    return yaml.safe_dump(options, default_flow_style=True, sort_keys=False).strip()
 
 
 def _mistake(term: dict[str, Any], columns: list[str]) -> str | None:
