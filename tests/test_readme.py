@@ -9,8 +9,9 @@ README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def test_there_are_snippets():
+def test_nothing_is_left_to_fill_in():
     assert len(SNIPPETS) >= 2
+    assert "@@" not in README.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))

@@ -178,7 +178,7 @@ def _check_streams(args: SFTConfig, train_dataset: AnyDataset, eval_dataset: Any
         args.accelerator_config.dispatch_batches = False
     if any(streams[1:]) and args.world_size > 1:
         raise ValueError(
-            f"data.eval is streamed and there are {args.world_size} processes, between which a stream is filled up with "
+            f"data.eval is streamed and there are {args.world_size} processes, between which a stream fills up with "
             "repeated rows that would count twice; set data.eval.streaming to false."
         )
 
