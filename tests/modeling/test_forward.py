@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import extract_model_from_parallel
 from transformers import AutoConfig, LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
@@ -93,6 +94,15 @@ def test_generation_goes_on():
     assert is_attached(model)
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps one state a process, which other tests of this process have set and will set again."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_survives_mixed_precision_of_accelerate_and_its_unwrapping():
     model = attach(families.model("llama").float())
     inputs = families.batch()
