@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, default=Path("launch/results"), help="folder of recipe, curve and table"
     )
-    parser.add_argument("--threads", type=int, default=1, help="more than one changes rounding, and so the weights")
+    parser.add_argument("--threads", type=int, default=1, help="more than 1 changes the rounding")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipe = Recipe()

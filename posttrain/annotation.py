@@ -1,12 +1,12 @@
 """Columns written beside a data set once, so that training reads them instead of running another model."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from rich.progress import track
 from torch import nn
@@ -88,10 +88,11 @@ def annotate_teacher_topk(config: RunConfig) -> Path:
         )  # fmt: skip
         raise ValueError(f"{missing} is missing; `annotate teacher-topk` needs a teacher, training data and an output.")
     check_output(settings.output)
-    if PartialState().num_processes > 1:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
         raise ValueError(
-            f"annotate runs in {PartialState().num_processes} processes, which would write one file; start it in one, "
-            "with `python -m posttrain annotate`."
+            f"annotate runs in {processes} processes, which would write one file; start it in one, with `python -m "
+            "posttrain annotate`."
         )
     tokenizer = load_tokenizer(config.tokenizer, config.model)
     if load_tokenizer(TokenizerConfig(), config.teacher).get_vocab() != tokenizer.get_vocab():

@@ -48,9 +48,10 @@ class MetricsLog(TrainerCallback):
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The logged lines, oldest first; none where there is no file."""
+    """The logged lines, oldest first; none where there is no file. A last line that a kill cut short is left out."""
     file = Path(path)
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def plot_curves(lines: list[dict[str, Any]], path: str | Path) -> Path | None:

@@ -3,8 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.integrations import unset_hf_deepspeed_config
 
 from posttrain import run_record
 from posttrain.config import ModelConfig, RunConfig, peft_config, trainer_config_class
@@ -20,6 +18,7 @@ from posttrain.config.resolve import on_cpu
 from posttrain.evaluation import Report, evaluate, plot_pass_at_k
 from posttrain.loading import load_evaluation_sources, load_model, load_rows, load_tokenizer, location
 from posttrain.metrics_log import MetricsLog, plot_curves, read
+from posttrain.sharding import unsharded
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +98,6 @@ def train(config: RunConfig) -> Outcome:
     set_seed(run.args.seed)
     run.trainer.train(resume_from_checkpoint=run.checkpoint)
     run.trainer.save_model()
-    if run.args.push_to_hub:
-        run.trainer.push_to_hub()
     after = _evaluate_trained(run) if run.sources else None
     paths = {"model": run.folder, "metrics": metrics}
     if state.is_main_process:
@@ -158,7 +155,10 @@ def _check_evaluation(run: Run) -> None:
 def _trainer(config: RunConfig, args: Any, tokenizer: Any, train_rows: Any, eval_rows: Any) -> Any:
     from posttrain.trainers import SupervisedTrainer
 
-    teacher = load_model(config.teacher, key="teacher") if config.teacher is not None else None
+    teacher = None
+    if config.teacher is not None:
+        with unsharded(args):
+            teacher = load_model(config.teacher, key="teacher")
     return SupervisedTrainer(
         model=load_model(config.model),
         args=args,
@@ -189,7 +189,7 @@ def _on_main_process(run: Run, load: ModelConfig | None) -> Report | None:
     accelerator = run.trainer.accelerator
     report = None
     if accelerator.is_main_process:
-        with _alone(run.args):
+        with unsharded(run.args):
             if load is not None:
                 model = _placed(load_model(load), accelerator.device)
             else:
@@ -199,20 +199,6 @@ def _on_main_process(run: Run, load: ModelConfig | None) -> Report | None:
             del model
     accelerator.wait_for_everyone()
     return report
-
-
-@contextmanager
-def _alone(args: Any) -> Iterator[None]:
-    """While ZeRO-3 is on, from_pretrained shards and generate keeps step: both wait for the other processes."""
-    plugin = args.deepspeed_plugin
-    if plugin is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        plugin.set_deepspeed_weakref()
 
 
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

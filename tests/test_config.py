@@ -266,3 +266,8 @@ def test_the_nearest_name_is_suggested() -> None:
     assert unknown("objective", "nl", ["nll"]) == "Unknown objective: 'nl'; did you mean 'nll'? Known: nll."
     assert unknown("key", "a", []) == "Unknown key: 'a'; there is none to choose from, leave it out."
     assert "Similar ones among 100" in unknown("key", "k1", [f"k{number}" for number in range(100)])
+
+
+def test_a_reference_that_nobody_reads_is_refused():
+    with pytest.raises(ValueError, match="the supervised trainer has no reference model"):
+        from_tree({"reference": "model"})

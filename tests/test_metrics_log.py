@@ -45,3 +45,9 @@ def test_what_was_logged_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert plot_curves([{"step": 3, "train_runtime": 1.0}], tmp_path / "b.png") is None
     assert not (tmp_path / "b.png").exists()
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', encoding="utf-8")
+    assert read(path) == [{"step": 1, "loss": 2.0}]

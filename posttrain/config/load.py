@@ -47,6 +47,10 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
         config.peft = check_peft(config.peft)
     if config.reference not in REFERENCES:
         raise ValueError(unknown("reference", config.reference, REFERENCES))
+    if config.method == "supervised" and config.reference not in ("auto", "none"):
+        raise ValueError(
+            f"reference is {config.reference!r}, and the supervised trainer has no reference model; leave it at auto."
+        )
     if config.data.train is not None:
         check_source(config.data.train, "data.train")
     if config.data.eval is not None:

@@ -13,6 +13,7 @@ from posttrain.binding import Side
 from posttrain.data.collation import ROW_NUMBER
 from posttrain.data.preparation import column_names, finish, number_rows, without_truncation
 from posttrain.modeling import VocabRequest, attach
+from posttrain.sharding import unsharded
 from posttrain.terms import Available, Objective, Term, build_terms
 from posttrain.trainers import trl_adapter
 from posttrain.trainers.base import ObjectiveMixin
@@ -94,7 +95,7 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
         if teacher is None:
             return None
         if isinstance(teacher, str):
-            with trl_adapter.whole_weights(self.args):
+            with unsharded(self.args):
                 teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=self.model.dtype)
         if any(hasattr(parameter, "ds_id") for parameter in teacher.parameters()):
             raise ValueError(
@@ -175,7 +176,8 @@ def _check_streams(args: SFTConfig, train_dataset: AnyDataset, eval_dataset: Any
     evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
     streams = [isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated)]
     if any(streams):
-        args.accelerator_config.dispatch_batches = False
+        settings: Any = args.accelerator_config
+        settings.dispatch_batches = False
     if any(streams[1:]) and args.world_size > 1:
         raise ValueError(
             f"data.eval is streamed and there are {args.world_size} processes, between which a stream fills up with "

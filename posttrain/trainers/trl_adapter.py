@@ -92,17 +92,6 @@ def with_head_adapter(model: Any, args: SFTConfig, peft_config: PeftConfig) -> P
 
 
 @contextmanager
-def whole_weights(args: Any) -> Iterator[None]:
-    """ZeRO-3 shards whatever is loaded while it is on; a model that stays outside its engine must be loaded whole."""
-    plugin = args.deepspeed_plugin
-    if plugin is None:
-        yield
-        return
-    with plugin.zero3_init_context_manager(enable=False):
-        yield
-
-
-@contextmanager
 def hidden_head_adapter(model: Any) -> Iterator[None]:
     """While TRL's constructor runs, show it the head without its adapter.
 
