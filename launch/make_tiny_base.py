@@ -268,7 +268,8 @@ can be compared where a base is strong, in between and weak. It is good for noth
 {rows}
 
 200 held-out problems a task, 8 samples each. Nine in ten answers of letter_count are "1", and always saying so would
-score as high as the greedy column: it is a weak kind of strength. Recipe, loss curve and 95 % intervals: launch/results/tiny_base_*.
+score as high as the greedy column: it is a weak kind of strength. Recipe, loss curve and 95 % intervals:
+launch/results/tiny_base_*.
 """
 
 

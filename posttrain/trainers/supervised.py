@@ -147,13 +147,14 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns: list[str] | None = [
+            names = [
                 "input_ids",
                 "labels",
                 "seq_lengths",
                 ROW_NUMBER,
                 *self._columns,
             ]
+            self._signature_columns = names  # type: ignore[assignment]
 
 
 def _sft_config(args: SFTConfig | TrainingArguments | None, model: Any) -> SFTConfig:
