@@ -12,4 +12,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .
 mypy
-pytest -n 2 "$@"
+# a file stays on one worker, which builds its fixtures once
+pytest -n 2 --dist loadfile "$@"
