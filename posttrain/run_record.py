@@ -97,7 +97,7 @@ def write(config: RunConfig, *, processes: int = 1, distributed_type: str = "NO"
     (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     record = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": [_without_secret(argument) for argument in sys.argv],
+        "command": ["posttrain", *(_without_secret(argument) for argument in sys.argv[1:])],
         "seed": seed,
         "versions": versions(),
         "git": git_state(Path(__file__).parent),

@@ -69,7 +69,9 @@ def test_resuming_without_a_checkpoint_and_a_file_as_folder_are_refused(tmp_path
 def test_the_record_names_versions_hardware_and_the_command_without_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["posttrain", "train", "a.yaml", "trainer.hub_token=hidden", "objective=dft"])
+    monkeypatch.setattr(
+        sys, "argv", ["some/where/__main__.py", "train", "a.yaml", "trainer.hub_token=hidden", "objective=dft"]
+    )
     config = RunConfig(trainer={"output_dir": str(tmp_path / "run"), "hub_token": "hidden"})
     path = run_record.write(config, processes=2, distributed_type="MULTI_GPU", seed=7)
     text = path.read_text() + (tmp_path / "run/config.yaml").read_text()
