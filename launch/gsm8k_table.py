@@ -12,6 +12,8 @@ RUNS = {
     "nll_zero2": "nll, ZeRO-2, 2 processes",
     "nll_zero3": "nll, ZeRO-3, 2 processes",
 }
+# the command names folders of one machine
+KEPT = ("started", "seed", "versions", "git", "processes", "distributed_type", "hardware")
 METRICS = ("nll", "mean_target_probability", "token_accuracy", "pass@1")
 
 
@@ -44,7 +46,7 @@ def main() -> None:
         after = measures(run, "after")
         losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses = [entry["loss"] for entry in losses if "loss" in entry]
-        record["runs"][folder] = {"after": after, "about": about, "train_losses": losses}
+        record["runs"][folder] = {"after": after, "about": {key: about[key] for key in KEPT}, "train_losses": losses}
         engine = f"{about['distributed_type']} x {about['processes']}"
         lines.append(f"| {label} | {engine} | {' | '.join(cell(after.get(metric)) for metric in METRICS)} |")
     table = "\n".join(lines) + "\n"

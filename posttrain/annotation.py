@@ -78,28 +78,8 @@ def annotate_teacher_topk(config: RunConfig) -> Path:
     from posttrain.trainers import SupervisedTrainer
 
     settings = config.annotation
-    if config.teacher is None or config.data.train is None or settings.output is None:
-        missing = next(
-            key
-            for key, value in {
-                "teacher": config.teacher, "data.train": config.data.train, "annotation.output": settings.output,
-            }.items()
-            if value is None
-        )  # fmt: skip
-        raise ValueError(f"{missing} is missing; `annotate teacher-topk` needs a teacher, training data and an output.")
-    check_output(settings.output)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise ValueError(
-            f"annotate runs in {processes} processes, which would write one file; start it in one, with `python -m "
-            "posttrain annotate`."
-        )
-    tokenizer = load_tokenizer(config.tokenizer, config.model)
-    if load_tokenizer(TokenizerConfig(), config.teacher).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"teacher {config.teacher.name_or_path!r} has another vocabulary than model {config.model.name_or_path!r}; "
-            "its token ids would mean other tokens, so take a teacher with the same tokenizer."
-        )
+    tokenizer = _check_annotation(config)
+    assert config.teacher is not None and config.data.train is not None and settings.output is not None
     rows = load_rows(config.data.train, tokenizer, key="data.train")
     if not isinstance(rows, Dataset):
         raise ValueError("data.train.streaming is true; annotation writes every row once, so set it to false.")
@@ -130,6 +110,34 @@ def annotate_teacher_topk(config: RunConfig) -> Path:
         "versions": versions(),
     }
     return write(kept, settings.output, about)
+
+
+def _check_annotation(config: RunConfig) -> Any:
+    """The tokenizer that model and teacher share, once everything that can be refused early is known to be right."""
+    settings = config.annotation
+    if config.teacher is None or config.data.train is None or settings.output is None:
+        missing = next(
+            key
+            for key, value in {
+                "teacher": config.teacher, "data.train": config.data.train, "annotation.output": settings.output,
+            }.items()
+            if value is None
+        )  # fmt: skip
+        raise ValueError(f"{missing} is missing; `annotate teacher-topk` needs a teacher, training data and an output.")
+    check_output(settings.output)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ValueError(
+            f"annotate runs in {processes} processes, which would write one file; start it in one, with `python -m "
+            "posttrain annotate`."
+        )
+    tokenizer = load_tokenizer(config.tokenizer, config.model)
+    if load_tokenizer(TokenizerConfig(), config.teacher).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"teacher {config.teacher.name_or_path!r} has another vocabulary than model {config.model.name_or_path!r}; "
+            "its token ids would mean other tokens, so take a teacher with the same tokenizer."
+        )
+    return tokenizer
 
 
 def check_output(path: str | Path) -> Path:
