@@ -221,7 +221,7 @@ def test_two_processes_leave_one_set_of_results(
 def test_a_loss_that_is_no_number_ends_the_run_with_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = (f"trainer.output_dir={folder / 'broken'}", "evaluation.data=[]")
     assert run(folder, *settings, "objective=tests.test_cli:broken") == 1
-    assert "objective 'broken' gave the loss nan at step 0" in capsys.readouterr().err
+    assert "objective 'broken' gave the loss nan after 0 steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
