@@ -94,8 +94,6 @@ def train(config: RunConfig) -> Outcome:
     before = _evaluate_base(run) if run.sources and config.evaluation.before else None
     metrics = run.folder / run_record.METRICS_FILE
     run.trainer.add_callback(MetricsLog(metrics))
-    # evaluating the base draws random numbers on one process; training must not depend on whether it did
-    set_seed(run.args.seed)
     run.trainer.train(resume_from_checkpoint=run.checkpoint)
     run.trainer.save_model()
     after = _evaluate_trained(run) if run.sources else None

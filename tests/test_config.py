@@ -260,7 +260,7 @@ def test_every_configuration_of_the_project_loads(path: Path, monkeypatch: pytes
 
 def test_the_nearest_name_is_suggested() -> None:
     assert nearest("learing_rate", ["learning_rate", "seed"]) == "learning_rate"
-    assert nearest("optim.learning_rate", ["learning_rate", "seed"]) == "learning_rate"
+    assert nearest("optimizer_settings.lr", ["lr", "seed"]) == "lr"
     assert nearest("DFT", ["dft", "nll"]) == "dft"
     assert nearest("xyz", ["learning_rate"]) is None
     assert unknown("objective", "nl", ["nll"]) == "Unknown objective: 'nl'; did you mean 'nll'? Known: nll."
