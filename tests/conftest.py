@@ -1,0 +1,34 @@
+"""What holds in every test: memory that nobody has written reads as NaN."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# On a GPU the mode below would have cuBLAS complain without it; it is read when cuBLAS starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The mode below is wanted for what it fills, not for determinism: an operation that has none is no failure."""
+    config.addinivalue_line("filterwarnings", "ignore:.* does not have a deterministic implementation:UserWarning")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def uninitialized_memory_is_nan() -> Iterator[None]:
+    """`torch.empty` and its kin and `resize_` give NaN (the largest integer, True) where they gave whatever lay there.
+
+    That covers `out=` buffers made by `torch.empty`; not covered are untyped storages and the inside of operators. It
+    holds for the whole session, so for fixtures of wider scope than a test too, but not in processes that tests start.
+    """
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
