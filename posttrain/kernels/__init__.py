@@ -5,14 +5,17 @@ from posttrain.kernels.head import LMHead
 from posttrain.kernels.loss import vocab_loss
 from posttrain.kernels.mapping import map_logits
 from posttrain.kernels.table import DETACHED, STATISTICS, TEACHER_STATISTICS, VocabStatistics
+from posttrain.kernels.tolerance import Certificate, record_certificates
 
 __all__ = [
     "DETACHED",
     "STATISTICS",
     "TEACHER_STATISTICS",
+    "Certificate",
     "LMHead",
     "VocabStatistics",
     "map_logits",
+    "record_certificates",
     "vocab_loss",
     "vocab_statistics",
 ]

@@ -8,10 +8,11 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from posttrain.kernels.backends import resolve_backend
+from posttrain.kernels.budget import budget_bytes, check_savings
 from posttrain.kernels.head import LMHead
 from posttrain.kernels.table import STATISTICS, TEACHER_STATISTICS, VocabStatistics, nearest
 
-BACKENDS = ("auto", "dense", "streamed")
 Teacher = tuple[Tensor, LMHead]
 
 
@@ -24,7 +25,7 @@ class Options(TypedDict, total=False):
     teacher: Teacher | None
     jsd_beta: float
     gradient_tolerance: float
-    budget: int | None
+    budget: int | str | None
     backend: str
 
 
@@ -39,6 +40,8 @@ class Query:
     k: int | None
     teacher: Teacher | None
     jsd_beta: float
+    gradient_tolerance: float
+    budget: int | None
     backend: str
 
     @property
@@ -46,10 +49,14 @@ class Query:
         """What has to be computed, each once: at its ends `jsd_beta` makes the jsd one of the plain divergences."""
         return tuple(dict.fromkeys(self._computed_as(name) for name in self.wanted))
 
-    def rows(self, rows: slice) -> "Query":
-        """The same question about some of the tokens; the teacher stays as it is."""
+    def rows(self, rows: slice | Tensor) -> "Query":
+        """The same question about some of the tokens, a slice or their indices; the teacher stays as it is."""
         ids = None if self.ids is None else self.ids[rows]
         return replace(self, targets=self.targets[rows], ids=ids)
+
+    def without(self, name: str) -> "Query":
+        """The same question less one statistic."""
+        return replace(self, wanted=tuple(wanted for wanted in self.wanted if wanted != name))
 
     def answer(self, values: Mapping[str, Tensor]) -> VocabStatistics:
         """The wanted statistics out of the needed ones."""
@@ -72,7 +79,7 @@ def check_query(
     teacher: Teacher | None = None,
     jsd_beta: float = 0.5,
     gradient_tolerance: float = 0.0,
-    budget: int | None = None,
+    budget: int | str | None = None,
     backend: str = "auto",
 ) -> Query:
     """The arguments as a `Query`, with `backend` resolved and only the options that `wanted` needs.
@@ -81,16 +88,15 @@ def check_query(
         ValueError: an argument is malformed or missing; the message names it and what to do.
     """
     names = _check_names(wanted)
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; {nearest(backend, BACKENDS)}")
-    backend = "streamed" if backend == "auto" else backend
-    if gradient_tolerance != 0.0 or budget is not None:
-        raise ValueError(
-            f"backend {backend!r} has neither gradient_tolerance nor budget, found {gradient_tolerance!r} and "
-            f"{budget!r}; leave them at 0.0 and None"
-        )
     check_head(hidden, head, temperature)
     vocab, device = head.weight.shape[0], hidden.device
+    backend = resolve_backend(backend, device)
+    check_savings(gradient_tolerance, budget)
+    if backend == "dense" and (gradient_tolerance > 0 or budget is not None):
+        raise ValueError(
+            f"backend 'dense' holds all logits and skips nothing, found gradient_tolerance {gradient_tolerance!r} and "
+            f"budget {budget!r}; leave them at 0.0 and None or take backend 'streamed'"
+        )
     if targets.ndim != 1 or targets.shape[0] != hidden.shape[0]:
         raise ValueError(f"targets must be (tokens,) = ({hidden.shape[0]},), found {tuple(targets.shape)}")
     targets = _check_ids("targets", targets, vocab, device)
@@ -109,7 +115,9 @@ def check_query(
         _check_teacher(hidden, vocab, teacher, temperature, jsd_beta, names)
     else:
         teacher = None
-    return Query(names, targets, temperature, ids if "ids_logp" in names else None, k, teacher, jsd_beta, backend)
+    ids = ids if "ids_logp" in names else None
+    size = budget_bytes(budget, tokens=hidden.shape[0], vocab=vocab, models=1 if teacher is None else 2, device=device)
+    return Query(names, targets, temperature, ids, k, teacher, jsd_beta, gradient_tolerance, size, backend)
 
 
 def check_head(hidden: Tensor, head: LMHead, temperature: float, owner: str = "") -> None:

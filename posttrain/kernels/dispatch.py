@@ -24,7 +24,7 @@ def vocab_statistics(
     teacher: tuple[Float[Tensor, "tokens teacher_width"], LMHead] | None = None,
     jsd_beta: float = 0.5,
     gradient_tolerance: float = 0.0,
-    budget: int | None = None,
+    budget: int | str | None = None,
     backend: str = "auto",
 ) -> VocabStatistics:
     """Statistics of each token's next-token distribution softmax(z), z = softcap(scale * logits) / temperature.
@@ -43,10 +43,15 @@ def vocab_statistics(
         k: how many for ``topk_logp`` and ``topk_ids``.
         teacher: hidden states and head of the teacher at the same tokens, over the same vocabulary.
         jsd_beta: the teacher's weight in the mixture of ``jsd``, in [0, 1].
-        gradient_tolerance: gradient entries that may be skipped; neither backend skips any, so 0.0.
-        budget: limit of memory; neither backend takes one, so None.
+        gradient_tolerance: leave out of the backward tokens that change the head's gradient (the hidden states', where
+            the head is frozen) by at most this share of its norm; see `record_certificates`. Which tokens go depends on
+            the batch, so gradients no longer are the same however a batch is split. 0 leaves out only tokens whose
+            incoming gradient is exactly zero.
+        budget: bytes for tiles that are kept from the forward to the backward instead of being computed again; None
+            keeps none, ``auto`` all of them or what fits into a sixteenth of the device's memory.
         backend: ``dense`` (logits in full, plain autograd: the truth for tests), ``streamed`` (vocabulary tiles,
-            recomputed in the backward), or ``auto``, which is ``streamed``.
+            recomputed in the backward), ``triton`` (the same with fused GPU kernels), or ``auto``: ``triton`` on CUDA
+            where it is installed, else ``streamed``.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a name is unknown, an option is missing or not available, or
@@ -71,5 +76,4 @@ def vocab_statistics(
 
 def answer(hidden: Float[Tensor, "tokens width"], head: LMHead, query: Query) -> VocabStatistics:
     """The query answered by its backend."""
-    backend = {"dense": dense_statistics, "streamed": streamed_statistics}[query.backend]
-    return backend(hidden, head, query)
+    return (dense_statistics if query.backend == "dense" else streamed_statistics)(hidden, head, query)

@@ -7,16 +7,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posttrain.kernels.accumulation import BlockAccumulator, State, statistics
+from posttrain.kernels.accumulation import statistics
+from posttrain.kernels.block import Block, BlockMemory
 from posttrain.kernels.checks import Options, Query, check_per_token, check_query
-from posttrain.kernels.coefficients import TileGradient, coefficients
 from posttrain.kernels.dispatch import answer
 from posttrain.kernels.first_order import first_order
+from posttrain.kernels.gradients import Gradients
 from posttrain.kernels.head import LMHead
-from posttrain.kernels.projection import Columns, Gradients, HeadTensors, Projection, Rows, Settings, autocast_off
-from posttrain.kernels.streamed import Models, teacher_projection
+from posttrain.kernels.kept import Models
+from posttrain.kernels.projection import HeadTensors, Projection, Settings, autocast_off
+from posttrain.kernels.streamed import teacher_projection
 from posttrain.kernels.table import DETACHED, VocabStatistics
-from posttrain.kernels.tiling import block_shape, slices
+from posttrain.kernels.tiling import slices
 
 Phi = Callable[..., Tensor]
 
@@ -43,7 +45,9 @@ def vocab_loss(
             `VocabStatistics` and the `per_token` of a block of tokens and returns (block,).
         weight: (tokens,), a constant factor of each token.
         per_token: tensors with leading dimension tokens, constants, cut into blocks for `phi`.
-        options: the keyword options of `vocab_statistics`.
+        options: the keyword options of `vocab_statistics`. Here ``budget`` is the memory in bytes for full rows of
+            logits, of which as many are held at a time as fit (at least one); None takes 96 MiB on a CPU and 512 MiB on
+            a GPU. There is no ``gradient_tolerance``, since the logits are gone when the gradient's norm is known.
 
     Returns:
         The loss, a scalar differentiable once with respect to hidden and the head's tensors, and the statistics.
@@ -53,6 +57,11 @@ def vocab_loss(
             `per_token` do not have one entry per token.
     """
     query = check_query(hidden, head, targets, wanted, **options)
+    if query.gradient_tolerance > 0:
+        raise ValueError(
+            f"vocab_loss has no gradient_tolerance, found {query.gradient_tolerance}; leave it at 0.0 or take "
+            "vocab_statistics"
+        )
     if weight.ndim != 1:
         raise ValueError(f"weight must be (tokens,) = ({hidden.shape[0]},), found {tuple(weight.shape)}")
     constants = tuple(tensor.detach() for tensor in check_per_token(hidden, weight, *per_token))
@@ -134,19 +143,23 @@ def _forward(
     models: Models, query: Query, phi: Phi, constants: tuple[Tensor, ...], gradients: Gradients
 ) -> tuple[Tensor, dict[str, Tensor]]:
     student = models.student
-    device = student.tensors.hidden.device
-    rows_size, columns_size = block_shape(student.tokens, student.vocab, student.width, device)
-    loss = torch.zeros((), dtype=student.settings.result, device=device)
+    memory = BlockMemory.of(models, query.budget)
+    mean = None
+    if "mean_logit" in query.needed and student.settings.softcap is None:
+        mean = student.mean_logit().mul_(student.vocab)
+    loss = torch.zeros((), dtype=student.settings.result, device=student.tensors.hidden.device)
     parts: list[dict[str, Tensor]] = []
-    for rows in slices(student.tokens, rows_size):
-        block = _Block(models, query.rows(rows), rows, columns_size)
-        state = block.collect()
+    for rows in slices(student.tokens, memory.shape[0]):
+        block = Block(models, query.rows(rows), rows, memory)
+        state = block.collect(None if mean is None else mean[rows])
         values = statistics(state, block.query, student.vocab)
         part, arrived = _differentiate(phi, block.query, values, tuple(c[rows] for c in constants), gradients)
         loss += part
         if arrived:
             block.propagate(arrived, state, gradients)
         parts.append(values)
+    if not gradients.reached_weight:
+        gradients.clear_weight()
     return loss, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -164,52 +177,3 @@ def _differentiate(
         return loss.detach(), {}
     derivatives = torch.autograd.grad(loss, [leaves[name] for name in free], allow_unused=True)
     return loss.detach(), {name: d for name, d in zip(free, derivatives, strict=True) if d is not None}
-
-
-class _Block:
-    """Some tokens with their full rows of z, and the teacher's."""
-
-    def __init__(self, models: Models, query: Query, rows: slice, columns_size: int) -> None:
-        self.models, self.query, self.rows = models, query, rows
-        student, teacher = models
-        self.columns = list(slices(student.vocab, columns_size))
-        self.operands = student.rows(rows)
-        self.z_NV = self._logits(student, self.operands)
-        self.teacher_z_NV = None if teacher is None else self._logits(teacher, teacher.rows(rows))
-
-    def _logits(self, projection: Projection, rows: Rows) -> Float[Tensor, "rows vocab"]:
-        shape = (rows.hidden_ND.shape[0], projection.vocab)
-        z_NV = torch.empty(shape, dtype=projection.settings.result, device=rows.hidden_ND.device)
-        for columns in self.columns:
-            projection.logits(rows, projection.columns(columns), out=z_NV[:, columns])
-        return z_NV
-
-    def collect(self) -> State:
-        """The sums over the vocabulary; the logits stay."""
-        accumulator = BlockAccumulator(self.query, self.z_NV.dtype)
-        for is_second in (False, True) if "jsd" in self.query.needed else (False,):
-            for columns in self.columns:
-                z_NV = self.z_NV[:, columns].clone()
-                teacher_z_NV = None if self.teacher_z_NV is None else self.teacher_z_NV[:, columns].clone()
-                if not is_second:
-                    accumulator.update(z_NV, teacher_z_NV, columns.start)
-                elif teacher_z_NV is not None:
-                    accumulator.update_mixture(z_NV, teacher_z_NV)
-        return accumulator.state()
-
-    def propagate(self, arrived: Mapping[str, Tensor], state: State, gradients: Gradients) -> None:
-        """Adds the gradients of this block; the logits are used up."""
-        student = self.models.student
-        found = coefficients(arrived, state, self.query, student.vocab)
-        tile_gradient = TileGradient(found, state, self.query.jsd_beta, slice(None))
-        for columns in self.columns:
-            z_NV = self.z_NV[:, columns]
-            slope_NV = student.softcap_slope(z_NV)
-            teacher_z_NV = None if self.teacher_z_NV is None else self.teacher_z_NV[:, columns]
-            dz_NV = tile_gradient(z_NV, teacher_z_NV, columns.start)
-            if slope_NV is not None:
-                dz_NV.mul_(slope_NV)
-            operands: Columns = student.columns(columns)
-            gradients.open(columns)
-            gradients.add(dz_NV, self.operands, operands, self.rows, columns)
-            gradients.close(columns)

@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from posttrain.kernels.checks import check_head, check_per_token
 from posttrain.kernels.first_order import first_order
+from posttrain.kernels.gradients import Gradients
 from posttrain.kernels.head import LMHead
-from posttrain.kernels.projection import Gradients, HeadTensors, Projection, Settings, autocast_off
+from posttrain.kernels.projection import HeadTensors, Projection, Settings, autocast_off
 from posttrain.kernels.tiling import block_shape, slices
 
 Result = TypeVar("Result", Tensor, tuple[Tensor, ...])
@@ -119,6 +120,6 @@ class _BlockLogits(torch.autograd.Function):
                 slope_NV = projection.softcap_slope(kept[0][:, columns]) if kept else None
                 dz_NV = dz_NV if slope_NV is None else slope_NV.mul_(dz_NV)
                 gradients.open(columns)
-                gradients.add(dz_NV, rows, projection.columns(columns), slice(None), columns)
+                gradients.add(dz_NV, rows, projection.columns(columns), gradients.rows(slice(None)), columns)
                 gradients.close(columns)
         return None, *first_order(gradients.finish(), (*tensors, incoming_NV))

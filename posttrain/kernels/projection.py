@@ -3,16 +3,19 @@
 Suffixes: N tokens of a tile, V vocabulary entries of a tile, D width, R rank of an adapter on the head.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from posttrain.kernels.head import LMHead
+from posttrain.kernels.tiling import slices
+
+# Elements up to which a converted copy is held (8 MiB in float32).
+_SMALL = 1 << 21
 
 
 class HeadTensors(NamedTuple):
@@ -117,11 +120,26 @@ class Projection:
         self.settings = settings
         self.tokens, self.width = tensors.hidden.shape
         self.vocab = tensors.weight.shape[0]
+        # Converted once where that is small, else for every tile anew.
+        self._converted: dict[tuple[int, int], Rows] | None = {} if tensors.hidden.numel() <= _SMALL else None
 
     def rows(self, rows: slice) -> Rows:
+        """The operands of some tokens."""
+        key = (rows.start, rows.stop)
+        if self._converted is not None and key in self._converted:
+            return self._converted[key]
         hidden2 = self.tensors.hidden2
         convert = self.settings.convert
-        return Rows(convert(self.tensors.hidden[rows]), None if hidden2 is None else convert(hidden2[rows]))
+        found = Rows(convert(self.tensors.hidden[rows]), None if hidden2 is None else convert(hidden2[rows]))
+        if self._converted is not None:
+            self._converted[key] = found
+        return found
+
+    def selected(self, index: Int[Tensor, " rows"]) -> "Projection":
+        """The same head at some of the tokens."""
+        tensors = self.tensors
+        hidden2 = None if tensors.hidden2 is None else tensors.hidden2[index]
+        return Projection(tensors._replace(hidden=tensors.hidden[index], hidden2=hidden2), self.settings)
 
     def columns(self, columns: slice) -> Columns:
         _, weight, bias, _, matrix = self.tensors
@@ -146,6 +164,24 @@ class Projection:
             return z_NV.mul_(settings.scale / settings.softcap).tanh_().mul_(settings.softcap / settings.temperature)
         return z_NV if settings.factor == 1.0 else z_NV.mul_(settings.factor)
 
+    def mean_logit(self) -> Float[Tensor, " tokens"]:
+        """The mean of z over the vocabulary by the head's mean row, without any tile; only without softcap."""
+        _, weight, bias, _, matrix = self.tensors
+        settings = self.settings
+        mean_D = _mean_row(weight, settings)
+        mean_R = None if matrix is None else _mean_row(matrix, settings)
+        parts = []
+        for rows in slices(self.tokens, max(1, _SMALL // max(self.width, 1))):
+            operands = self.rows(rows)
+            mean_N = operands.hidden_ND.to(settings.result) @ mean_D
+            if operands.hidden2_NR is not None and mean_R is not None:
+                mean_N += operands.hidden2_NR.to(settings.result) @ mean_R
+            parts.append(mean_N)
+        mean = torch.cat(parts)
+        if bias is not None:
+            mean += bias.to(settings.operand).double().mean().to(settings.result)
+        return mean.mul_(settings.factor)
+
     def softcap_slope(self, z_NV: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"] | None:
         """The derivative of the softcap at a tile of z: 1 - (capped / softcap)^2; None where there is no cap."""
         if self.settings.softcap is None:
@@ -154,77 +190,19 @@ class Projection:
         return tanh_NV.square_().neg_().add_(1.0)
 
 
-class Gradients:
-    """Gradients of the tensors of a projection, summed over tiles in the dtype of its results.
-
-    Args:
-        projection: whose tensors.
-        needs: which of its tensors want a gradient.
-        whole_weight: whether tiles of the same vocabulary entries come apart in time. If they come together (True is
-            not needed) the weight's sums are held for one slice of the vocabulary only, then rounded to its dtype.
-    """
-
-    def __init__(self, projection: Projection, needs: Sequence[bool], *, whole_weight: bool) -> None:
-        self.projection = projection
-        result = projection.settings.result
-        self.whole_weight = whole_weight or projection.tensors.weight.dtype == result
-        self.sums: dict[str, Tensor] = {}
-        for (name, tensor), needed in zip(projection.tensors._asdict().items(), needs, strict=True):
-            if needed and tensor is not None:
-                dtype = result if name != "weight" or self.whole_weight else tensor.dtype
-                self.sums[name] = torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
-        self.weight_slice: Tensor | None = None
-
-    def open(self, columns: slice) -> None:
-        """Tiles of these vocabulary entries follow."""
-        if "weight" in self.sums:
-            held = self.sums["weight"][columns]
-            result = self.projection.settings.result
-            self.weight_slice = held if self.whole_weight else torch.zeros_like(held, dtype=result)
-
-    def close(self, columns: slice) -> None:
-        """No further tile of these vocabulary entries follows (before the next `open`)."""
-        if self.weight_slice is not None and not self.whole_weight:
-            self.sums["weight"][columns] = self.weight_slice
-        self.weight_slice = None
-
-    def add(
-        self,
-        dz_NV: Float[Tensor, "rows columns"],
-        rows: Rows,
-        columns: Columns,
-        row_slice: slice,
-        column_slice: slice,
-    ) -> None:
-        """Adds what a tile's gradient (with respect to z over the softcap's slope) contributes."""
-        settings, sums = self.projection.settings, self.sums
-        factor = settings.factor
-        operand_NV = dz_NV.to(settings.product)
-        if "hidden" in sums:
-            _add_product(sums["hidden"][row_slice], operand_NV, columns.weight_VD, factor)
-        if self.weight_slice is not None:
-            _add_product(self.weight_slice, operand_NV.T, rows.hidden_ND, factor)
-        if "bias" in sums:
-            sums["bias"][column_slice].add_(dz_NV.sum(0), alpha=factor)
-        if "hidden2" in sums and columns.matrix_VR is not None:
-            _add_product(sums["hidden2"][row_slice], operand_NV, columns.matrix_VR, factor)
-        if "matrix" in sums and rows.hidden2_NR is not None:
-            _add_product(sums["matrix"][column_slice], operand_NV.T, rows.hidden2_NR, factor)
-
-    def finish(self) -> tuple[Tensor | None, ...]:
-        """The gradients in the dtypes of their tensors, None where none is needed."""
-        tensors = self.projection.tensors._asdict()
-        return tuple(
-            self.sums[name].to(tensor.dtype) if tensor is not None and name in self.sums else None
-            for name, tensor in tensors.items()
-        )
+def _mean_row(weight: Float[Tensor, "vocab width"], settings: Settings) -> Float[Tensor, " width"]:
+    """Summed slice by slice and in float64, since a hundred thousand terms cancel."""
+    vocab, width = weight.shape
+    total = torch.zeros(width, dtype=torch.float64, device=weight.device)
+    for columns in slices(vocab, max(1, _SMALL // max(width, 1))):
+        total += settings.convert(weight[columns]).to(settings.result).sum(0)
+    return (total / vocab).to(settings.result)
 
 
 def _product(left: Tensor, right: Tensor, result: torch.dtype, out: Tensor | None) -> Tensor:
     if left.dtype == result:
         return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
-    product = torch.mm(left, right, out_dtype=result)
-    return product if out is None else out.copy_(product)
+    return torch.mm(left, right, out_dtype=result) if out is None else torch.mm(left, right, out_dtype=result, out=out)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from posttrain.kernels import DETACHED, STATISTICS, LMHead, VocabStatistics, vocab_statistics
-from posttrain.kernels import loss as loss_module
+from posttrain.kernels import block as block_module
+from posttrain.kernels import kept as kept_module
 from posttrain.kernels import mapping as mapping_module
-from posttrain.kernels import streamed as streamed_module
 
 DIFFERENTIABLE = tuple(name for name in STATISTICS if name not in DETACHED)
 
@@ -111,12 +111,12 @@ def gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
 def tiles(rows: int, columns: int) -> Iterator[None]:
     """Every kernel cuts its work into tiles of this size."""
 
-    def shape(*_: object) -> tuple[int, int]:
+    def shape(*_: object, **__: object) -> tuple[int, int]:
         return rows, columns
 
     places: list[tuple[Any, str]] = [
-        (streamed_module, "tile_shape"),
-        (loss_module, "block_shape"),
+        (kept_module, "tile_shape"),
+        (block_module, "block_shape"),
         (mapping_module, "block_shape"),
     ]
     originals: list[Callable[..., Any]] = [getattr(module, name) for module, name in places]

@@ -21,7 +21,7 @@ WIDTH = 8
 
 @pytest.fixture
 def small_budget(monkeypatch):
-    budget = tiling.Budget(tile=TILE, rows=64, weight=TILE, block=4 * TILE)
+    budget = tiling.Sizes(tile=TILE, rows=64, columns=TILE, weight=TILE, block=4 * TILE)
     monkeypatch.setattr(tiling, "_CPU", budget)
 
 

@@ -122,7 +122,8 @@ def test_products_of_half_operands_into_float32(dtype, monkeypatch):
 
     def mm(left, right, out_dtype=None, **options):
         assert (left.dtype == dtype) == (out_dtype is not None), "half operands, float32 result"
-        return plain(left, right, **options) if out_dtype is None else plain(left.to(out_dtype), right.to(out_dtype))
+        wide = (left, right) if out_dtype is None else (left.to(out_dtype), right.to(out_dtype))
+        return plain(*wide, **options)
 
     given = case(dtype, 2.0)
     exact = given.to(torch.float64)

@@ -13,11 +13,11 @@ from posttrain.kernels import (
     STATISTICS,
     LMHead,
     map_logits,
-    projection,
-    streamed,
+    passes,
     vocab_loss,
     vocab_statistics,
 )
+from posttrain.kernels import gradients as gradients_module
 from tests.kernels.problems import DIFFERENTIABLE, gradients, mixed_loss, problem, tiles
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
@@ -98,8 +98,10 @@ def test_no_tokens_stay_connected():
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
 def test_frozen_tensors_get_no_gradient(frozen, monkeypatch):
     made = []
-    original = projection.Gradients.finish
-    monkeypatch.setattr(projection.Gradients, "finish", lambda self: (made.append(set(self.sums)), original(self))[1])
+    original = gradients_module.Gradients.finish
+    monkeypatch.setattr(
+        gradients_module.Gradients, "finish", lambda self: (made.append(set(self.sums)), original(self))[1]
+    )
     case = problem(4, 6, 3, bias=True, rank=1)
     parts = {"hidden": case.leaves[:1], "head": case.leaves[1:]}
     for leaf in parts[frozen]:
@@ -112,8 +114,8 @@ def test_frozen_tensors_get_no_gradient(frozen, monkeypatch):
 
 def test_only_incoming_gradients_are_propagated(monkeypatch):
     arrived = []
-    original = streamed.coefficients
-    monkeypatch.setattr(streamed, "coefficients", lambda g, *rest: (arrived.append(set(g)), original(g, *rest))[1])
+    original = passes.coefficients
+    monkeypatch.setattr(passes, "coefficients", lambda g, *rest: (arrived.append(set(g)), original(g, *rest))[1])
     values = problem(4, 6, 3).statistics(*STATISTICS)
     (values["entropy"] + values["jsd"]).sum().backward()
     assert arrived == [{"entropy", "jsd"}]
