@@ -16,7 +16,7 @@ TEXT_SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".json", ".csv",
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 
-STANDARD_LIBRARY_AND_TENSORS = {"torch", "jaxtyping"}
+STANDARD_LIBRARY_AND_TENSORS = {"torch", "jaxtyping", "psutil"}
 # Layer -> the parts of the package it may import; a part that is not listed is free, but for circles.
 ALLOWED = {
     "posttrain.kernels": {"posttrain.kernels"},

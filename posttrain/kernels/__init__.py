@@ -1,7 +1,7 @@
 """Statistics of the next-token distribution, computed without ever holding tokens x vocabulary logits."""
 
 from posttrain.kernels.dispatch import vocab_statistics
-from posttrain.kernels.head import LMHead
+from posttrain.kernels.head import LMHead, VocabShard
 from posttrain.kernels.loss import vocab_loss
 from posttrain.kernels.mapping import map_logits
 from posttrain.kernels.table import DETACHED, STATISTICS, TEACHER_STATISTICS, VocabStatistics
@@ -13,6 +13,7 @@ __all__ = [
     "TEACHER_STATISTICS",
     "Certificate",
     "LMHead",
+    "VocabShard",
     "VocabStatistics",
     "map_logits",
     "record_certificates",

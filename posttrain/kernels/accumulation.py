@@ -103,6 +103,16 @@ class BlockAccumulator:
         self._add("mixture_student", -(e_NV.mul_(over_student_NV)).sum(1) / self.softmax.total_N)
         self._add("mixture_teacher", -(teacher_e_NV.mul_(over_teacher_NV)).sum(1) / self.teacher.total_N)
 
+    def adopt(self, state: State) -> None:
+        """Takes maxima and totals of the whole vocabulary, where the tiles seen were a part of it."""
+        assert self.softmax is not None and self.teacher is not None
+        self.softmax.maximum_N, self.softmax.total_N = state["maximum"], state["total"]
+        self.teacher.maximum_N, self.teacher.total_N = state["teacher_maximum"], state["teacher_total"]
+
+    def mixture(self) -> State:
+        """What `update_mixture` has added up."""
+        return {name: self.sums[name] for name in ("mixture_student", "mixture_teacher")}
+
     def _add(self, name: str, value_N: Float[Tensor, " rows"]) -> None:
         self.sums[name] = self.sums[name] + value_N if name in self.sums else value_N
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posttrain.kernels.accumulation import BlockAccumulator, State
+from posttrain.kernels.accumulation import State
 from posttrain.kernels.checks import Query
-from posttrain.kernels.coefficients import TileGradient, coefficients
+from posttrain.kernels.coefficients import coefficients
 from posttrain.kernels.gradients import Gradients, RowSums
 from posttrain.kernels.kept import Models
+from posttrain.kernels.operations import new_accumulator, new_tile_gradient
+from posttrain.kernels.parallel import merge_over_ranks, sum_over_ranks
 from posttrain.kernels.passes import live_rows
 from posttrain.kernels.projection import Projection, Rows
 from posttrain.kernels.tiling import Workspace, block_shape, slices
@@ -26,7 +28,7 @@ class BlockMemory:
     Args:
         shape: (tokens, vocabulary entries) of a block's tiles; together they cover the vocabulary.
         student, teacher: of full rows.
-        scratch: of a tile each, for what reads a tile and overwrites it.
+        scratch: of a tile each, for torch, which overwrites a tile that it reads.
     """
 
     shape: tuple[int, int]
@@ -40,7 +42,10 @@ class BlockMemory:
         student, teacher = models
         device, dtype = student.tensors.hidden.device, student.settings.result
         count = 1 if teacher is None else 2
-        shape = block_shape(student.tokens, student.vocab, student.width, device, models=count, budget=budget)
+        # By the whole vocabulary, so that ranks with slices of different sizes still have the same blocks.
+        vocab, width = student.whole_vocab, student.width
+        rows, columns = block_shape(student.tokens, vocab, width, device, models=count, budget=budget)
+        shape = rows, min(columns, student.vocab)
 
         def space(columns: int) -> Workspace:
             return Workspace(shape[0] * columns, dtype, device)
@@ -77,6 +82,10 @@ class Block:
         return tiles
 
     def _copies(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """A tile and the teacher's, to be read once."""
+        if self.query.backend == "triton":
+            return self.tiles[number], None if self.teacher_tiles is None else self.teacher_tiles[number]
+
         def copy(tile: Tensor, scratch: Workspace) -> Tensor:
             return scratch.tile(*tile.shape).copy_(tile)
 
@@ -88,16 +97,23 @@ class Block:
     def collect(self, logit_sum: Float[Tensor, " rows"] | None) -> State:
         """The sums over the vocabulary; the logits stay. `logit_sum` is that of z, where it is known already."""
         query = self.query if logit_sum is None else self.query.without("mean_logit")
-        accumulator = BlockAccumulator(query, self.memory.student.memory.dtype)
-        for is_second in (False, True) if "jsd" in query.needed else (False,):
-            for number, columns in enumerate(self.columns):
+        student = self.models.student
+        accumulator = new_accumulator(query, self.memory.student.memory.dtype)
+        for number, columns in enumerate(self.columns):
+            accumulator.update(*self._copies(number), student.start + columns.start)
+        state = accumulator.state() | ({} if logit_sum is None else {"sum": logit_sum})
+        state = merge_over_ranks(state, student.settings.shard, query.k)
+        if "jsd" in query.needed:
+            if student.settings.shard is not None:
+                accumulator.adopt(state)
+            for number in range(len(self.columns)):
                 z_NV, teacher_z_NV = self._copies(number)
-                if not is_second:
-                    accumulator.update(z_NV, teacher_z_NV, columns.start)
-                elif teacher_z_NV is not None:
-                    accumulator.update_mixture(z_NV, teacher_z_NV)
-        state = accumulator.state()
-        return state if logit_sum is None else state | {"sum": logit_sum}
+                assert teacher_z_NV is not None
+                accumulator.update_mixture(z_NV, teacher_z_NV)
+            mixture = accumulator.mixture()
+            sum_over_ranks(tuple(mixture.values()), student.settings.shard)
+            state |= mixture
+        return state
 
     def propagate(self, arrived: Mapping[str, Tensor], state: State, gradients: Gradients) -> None:
         """Adds the gradients of this block; the logits are used up."""
@@ -126,15 +142,12 @@ class Block:
         index: Int[Tensor, " live"] | None,
     ) -> None:
         student = self.models.student
-        found = coefficients(arrived, state, query, student.vocab)
-        tile_gradient = TileGradient(found, state, query.jsd_beta, slice(None))
+        found = coefficients(arrived, state, query, student.whole_vocab)
+        tile_gradient = new_tile_gradient(found, state, query, slice(None), student.settings)
         for number, columns in enumerate(self.columns):
             z_NV = self._live(self.tiles, number, index)
-            slope_NV = student.softcap_slope(z_NV)
             u_NV = None if self.teacher_tiles is None else self._live(self.teacher_tiles, number, index)
-            dz_NV = tile_gradient(z_NV, u_NV, columns.start)
-            if slope_NV is not None:
-                dz_NV.mul_(slope_NV)
+            dz_NV = tile_gradient(z_NV, u_NV, student.start + columns.start)
             gradients.open(columns, fresh=not gradients.reached_weight)
             gradients.add(dz_NV, operands, student.columns(columns), sums, columns)
             gradients.close(columns)

@@ -89,8 +89,10 @@ def check_query(
     """
     names = _check_names(wanted)
     check_head(hidden, head, temperature)
-    vocab, device = head.weight.shape[0], hidden.device
+    vocab, device = head.vocab, hidden.device
     backend = resolve_backend(backend, device)
+    if head.shard is not None:
+        backend = check_shard(head, teacher, backend, gradient_tolerance)
     check_savings(gradient_tolerance, budget)
     if backend == "dense" and (gradient_tolerance > 0 or budget is not None):
         raise ValueError(
@@ -116,7 +118,9 @@ def check_query(
     else:
         teacher = None
     ids = ids if "ids_logp" in names else None
-    size = budget_bytes(budget, tokens=hidden.shape[0], vocab=vocab, models=1 if teacher is None else 2, device=device)
+    size = budget_bytes(
+        budget, tokens=hidden.shape[0], vocab=head.weight.shape[0], models=1 if teacher is None else 2, device=device
+    )
     return Query(names, targets, temperature, ids, k, teacher, jsd_beta, gradient_tolerance, size, backend)
 
 
@@ -188,15 +192,39 @@ def _check_teacher(
         raise ValueError(f"{asked} needs teacher=(hidden, head) of the teacher at the same tokens")
     teacher_hidden, teacher_head = teacher
     check_head(teacher_hidden, teacher_head, temperature, owner="teacher ")
-    if teacher_hidden.shape[0] != hidden.shape[0] or teacher_head.weight.shape[0] != vocab:
+    if teacher_hidden.shape[0] != hidden.shape[0] or teacher_head.vocab != vocab:
         raise ValueError(
             f"the teacher must have {hidden.shape[0]} tokens and {vocab} vocabulary entries like the student, found "
-            f"{teacher_hidden.shape[0]} and {teacher_head.weight.shape[0]}"
+            f"{teacher_hidden.shape[0]} and {teacher_head.vocab}"
         )
     if teacher_hidden.device != hidden.device:
         raise ValueError(f"the teacher is on {teacher_hidden.device} but hidden on {hidden.device}; move them together")
     if "jsd" in names and not 0.0 <= jsd_beta <= 1.0:
         raise ValueError(f"jsd_beta must lie in [0, 1], found {jsd_beta}")
+
+
+def check_shard(head: LMHead, teacher: Teacher | None, backend: str, gradient_tolerance: float) -> str:
+    """The backend for a head that is spread over processes.
+
+    Raises:
+        ValueError: the slice does not lie in the vocabulary, the teacher's is another, or what is asked for needs the
+            whole head in one place.
+    """
+    shard, own = head.shard, head.weight.shape[0]
+    assert shard is not None
+    if not 0 <= shard.start <= shard.start + own <= shard.vocab:
+        raise ValueError(
+            f"head.shard starts at {shard.start} with {own} entries, beyond its vocabulary of {shard.vocab}"
+        )
+    if backend == "dense" or gradient_tolerance > 0:
+        raise ValueError(
+            "a head spread over processes has neither backend 'dense' nor gradient_tolerance, found backend "
+            f"{backend!r} and gradient_tolerance {gradient_tolerance}; take 'streamed' and 0.0"
+        )
+    other = None if teacher is None else teacher[1].shard
+    if teacher is not None and (other is None or (other.start, other.vocab) != (shard.start, shard.vocab)):
+        raise ValueError("the teacher's head must be spread over the same processes in the same slices")
+    return "streamed"
 
 
 def check_per_token(hidden: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

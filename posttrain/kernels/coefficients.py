@@ -126,7 +126,16 @@ def _add_picked(result: Coefficients, ids: Tensor, gradient: Tensor, state: Stat
 class TileGradient:
     """Turns the tiles of one block of tokens into tiles of dz."""
 
-    def __init__(self, result: Coefficients, state: State, jsd_beta: float, rows: slice) -> None:
+    def __init__(
+        self,
+        result: Coefficients,
+        state: State,
+        jsd_beta: float,
+        rows: slice,
+        *,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
         def column(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[rows, None]
 
@@ -137,6 +146,7 @@ class TileGradient:
         self.scatters = [(ids[rows], values[rows]) for ids, values in result.scatters]
         self.state = {name: values[rows, None] for name, values in state.items() if values.ndim == 1}
         self.jsd_beta = jsd_beta
+        self.softcap, self.temperature = softcap, temperature
 
     def __call__(
         self,
@@ -144,7 +154,21 @@ class TileGradient:
         teacher_z_NV: Float[Tensor, "rows columns"] | None,
         start: int,
     ) -> Float[Tensor, "rows columns"]:
-        """dz of the tile that starts at vocabulary entry `start`; z (its values unless needed) is overwritten."""
+        """dz of the tile that starts at vocabulary entry `start`; z (its values unless needed) is overwritten.
+
+        Where a softcap is given, dz is by what the softcap was applied to, over the temperature.
+        """
+        slope_NV = self._softcap_slope(z_NV)
+        dz_NV = self._gradient(z_NV, teacher_z_NV, start)
+        return dz_NV if slope_NV is None else dz_NV.mul_(slope_NV)
+
+    def _softcap_slope(self, z_NV: Tensor) -> Tensor | None:
+        """The derivative of the softcap: 1 - (capped / softcap)^2."""
+        if self.softcap is None:
+            return None
+        return (z_NV * (self.temperature / self.softcap)).square_().neg_().add_(1.0)
+
+    def _gradient(self, z_NV: Tensor, teacher_z_NV: Tensor | None, start: int) -> Tensor:
         plain_NV = z_NV * self.logit if self.logit is not None else None
         dz_NV = self._softmax_terms(z_NV, teacher_z_NV)
         if dz_NV is None:

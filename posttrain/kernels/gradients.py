@@ -104,7 +104,7 @@ class Gradients:
             _add_product(self._slice, operand_NV.T, rows.hidden_ND, factor, fresh=self._fresh)
             self._fresh = False
         if "bias" in self.sums:
-            self.sums["bias"][column_slice].add_(dz_NV.sum(0), alpha=factor)
+            self.sums["bias"][column_slice].add_(dz_NV.sum(0, dtype=settings.result), alpha=factor)
         if sums.hidden2_NR is not None and columns.matrix_VR is not None:
             _add_product(sums.hidden2_NR, operand_NV, columns.matrix_VR, factor)
         if "matrix" in self.sums and rows.hidden2_NR is not None:

@@ -15,6 +15,7 @@ from posttrain.kernels.first_order import first_order
 from posttrain.kernels.gradients import Gradients
 from posttrain.kernels.head import LMHead
 from posttrain.kernels.kept import Models
+from posttrain.kernels.parallel import sum_over_ranks
 from posttrain.kernels.projection import HeadTensors, Projection, Settings, autocast_off
 from posttrain.kernels.streamed import teacher_projection
 from posttrain.kernels.table import DETACHED, VocabStatistics
@@ -152,7 +153,7 @@ def _forward(
     for rows in slices(student.tokens, memory.shape[0]):
         block = Block(models, query.rows(rows), rows, memory)
         state = block.collect(None if mean is None else mean[rows])
-        values = statistics(state, block.query, student.vocab)
+        values = statistics(state, block.query, student.whole_vocab)
         part, arrived = _differentiate(phi, block.query, values, tuple(c[rows] for c in constants), gradients)
         loss += part
         if arrived:
@@ -160,6 +161,7 @@ def _forward(
         parts.append(values)
     if not gradients.reached_weight:
         gradients.clear_weight()
+    sum_over_ranks((gradients.sums.get("hidden"), gradients.sums.get("hidden2")), student.settings.shard)
     return loss, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -47,6 +47,8 @@ def map_logits(
     """
     check_head(hidden, head, temperature)
     check_per_token(hidden, *per_token)
+    if head.shard is not None:
+        raise ValueError("map_logits needs full rows of logits, and this head is spread over processes")
     settings = Settings.of(hidden, head, temperature)
     vocab, width = head.weight.shape
     size = block_shape(hidden.shape[0], vocab, width, hidden.device)[0]

@@ -8,43 +8,64 @@ from torch import Tensor
 
 from posttrain.kernels.accumulation import BlockAccumulator, State
 from posttrain.kernels.checks import Query
-from posttrain.kernels.coefficients import TileGradient, coefficients
+from posttrain.kernels.coefficients import coefficients
 from posttrain.kernels.gradients import Gradients, spread
 from posttrain.kernels.kept import KeptTiles, Models, Tiles
+from posttrain.kernels.operations import new_accumulator, new_tile_gradient
+from posttrain.kernels.parallel import merge_over_ranks, sum_over_ranks
 from posttrain.kernels.tiling import slices
 
 
 def collect(models: Models, query: Query, kept: KeptTiles) -> State:
     """The forward: per-token sums over the vocabulary. Tiles for which there is room are kept."""
-    student, teacher = models
+    student = models.student
+    state: State = {}
     if "mean_logit" in query.needed and student.settings.softcap is None:
-        others = collect(models, query.without("mean_logit"), kept)
-        return others | {"sum": student.mean_logit().mul_(student.vocab)}
-    if not query.wanted:
-        return {}
+        state, query = {"sum": student.mean_logit().mul_(student.vocab)}, query.without("mean_logit")
+    if query.wanted:
+        rows_size = models.tile_shape[0]
+        dtype = student.settings.result
+        blocks = [(rows, new_accumulator(query.rows(rows), dtype)) for rows in slices(student.tokens, rows_size)]
+        _visit(models, blocks, kept, is_second=False)
+        kept.complete = True
+        state |= _joined([block.state() for _, block in blocks])
+    state = merge_over_ranks(state, student.settings.shard, query.k)
+    if "jsd" in query.needed:
+        if student.settings.shard is not None:
+            for rows, block in blocks:
+                block.adopt({name: value[rows] for name, value in state.items()})
+        _visit(models, blocks, kept, is_second=True)
+        mixture = _joined([block.mixture() for _, block in blocks])
+        sum_over_ranks(tuple(mixture.values()), student.settings.shard)
+        state |= mixture
+    return state
+
+
+def _joined(states: Sequence[State]) -> State:
+    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+
+
+def _visit(
+    models: Models, blocks: Sequence[tuple[slice, BlockAccumulator]], kept: KeptTiles, *, is_second: bool
+) -> None:
+    """Shows every tile to the block of its tokens."""
+    student, teacher = models
     shape = models.tile_shape
-    blocks = [
-        (rows, BlockAccumulator(query.rows(rows), student.settings.result)) for rows in slices(student.tokens, shape[0])
-    ]
     tiles = Tiles("student", student, shape, kept) if blocks[0][1].reads_student else None
     teacher_tiles = None if teacher is None else Tiles("teacher", teacher, shape, kept)
-    for is_second in (False, True) if "jsd" in query.needed else (False,):
-        for columns in slices(student.vocab, shape[1]):
-            operands = None if tiles is None else student.columns(columns)
-            teacher_operands = None if teacher is None else teacher.columns(columns)
-            for rows, block in blocks:
-                z_NV = u_NV = None
-                if tiles is not None and operands is not None:
-                    z_NV = tiles.tile(rows, operands, columns.start)
-                if teacher_tiles is not None and teacher_operands is not None:
-                    u_NV = teacher_tiles.tile(rows, teacher_operands, columns.start)
-                if not is_second:
-                    block.update(z_NV, u_NV, columns.start)
-                elif z_NV is not None and u_NV is not None:
-                    block.update_mixture(z_NV, u_NV)
-        kept.complete = True
-    states = [block.state() for _, block in blocks]
-    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+    for columns in slices(student.vocab, shape[1]):
+        operands = None if tiles is None else student.columns(columns)
+        teacher_operands = None if teacher is None else teacher.columns(columns)
+        for rows, block in blocks:
+            z_NV = u_NV = None
+            if tiles is not None and operands is not None:
+                z_NV = tiles.tile(rows, operands, columns.start)
+            if teacher_tiles is not None and teacher_operands is not None:
+                u_NV = teacher_tiles.tile(rows, teacher_operands, columns.start)
+            if not is_second:
+                block.update(z_NV, u_NV, student.start + columns.start)
+            elif z_NV is not None and u_NV is not None:
+                block.update_mixture(z_NV, u_NV)
 
 
 def propagate(
@@ -103,7 +124,7 @@ def _propagate(
     index: Int[Tensor, " live"] | None,
 ) -> tuple[Tensor | None, ...]:
     student, teacher = models
-    found = coefficients(arrived, state, query, student.vocab)
+    found = coefficients(arrived, state, query, student.whole_vocab)
     gradients = Gradients(student, needs, whole_weight=False)
     rows_size, columns_size = models.tile_shape
     # The forward cut the vocabulary for all tokens; what it kept is cut likewise.
@@ -113,20 +134,21 @@ def _propagate(
     if teacher is not None and found.reads_teacher:
         teacher_tiles = Tiles("teacher", teacher, shape, kept, index)
     reads_student = found.reads_student or student.settings.softcap is not None
-    blocks = [(rows, TileGradient(found, state, query.jsd_beta, rows)) for rows in slices(student.tokens, shape[0])]
+    blocks = [
+        (rows, new_tile_gradient(found, state, query, rows, student.settings))
+        for rows in slices(student.tokens, shape[0])
+    ]
     for columns in slices(student.vocab, shape[1]):
         gradients.open(columns)
         operands = student.columns(columns)
         teacher_operands = teacher.columns(columns) if teacher is not None and teacher_tiles is not None else None
         for rows, tile_gradient in blocks:
             z_NV = tiles.tile(rows, operands, columns.start) if reads_student else tiles.blank(rows, operands)
-            slope_NV = student.softcap_slope(z_NV)
             u_NV = None
             if teacher_tiles is not None and teacher_operands is not None:
                 u_NV = teacher_tiles.tile(rows, teacher_operands, columns.start)
-            dz_NV = tile_gradient(z_NV, u_NV, columns.start)
-            if slope_NV is not None:
-                dz_NV.mul_(slope_NV)
+            dz_NV = tile_gradient(z_NV, u_NV, student.start + columns.start)
             gradients.add(dz_NV, student.rows(rows), operands, gradients.rows(rows), columns)
         gradients.close(columns)
+    sum_over_ranks((gradients.sums.get("hidden"), gradients.sums.get("hidden2")), student.settings.shard)
     return gradients.finish()

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posttrain.kernels.head import LMHead
+from posttrain.kernels.head import LMHead, VocabShard
 from posttrain.kernels.tiling import slices
 
 # Elements up to which a converted copy is held (8 MiB in float32).
@@ -70,6 +70,7 @@ class Settings:
         operand: dtype to which the operands of every product are rounded.
         product: dtype in which the operands are then multiplied.
         result: dtype of logit tiles, sums and statistics.
+        shard: of the head, if it is spread over processes.
     """
 
     scale: float
@@ -78,6 +79,7 @@ class Settings:
     operand: torch.dtype
     product: torch.dtype
     result: torch.dtype
+    shard: VocabShard | None
 
     @classmethod
     def of(cls, hidden: Tensor, head: LMHead, temperature: float, result: torch.dtype | None = None) -> "Settings":
@@ -85,7 +87,7 @@ class Settings:
         result = result or statistics_dtype(operand)
         in_half = operand in (torch.float16, torch.bfloat16) and result == torch.float32
         product = operand if in_half and adds_in_float32(hidden.device) else result
-        return cls(head.scale, head.softcap, temperature, operand, product, result)
+        return cls(head.scale, head.softcap, temperature, operand, product, result, head.shard)
 
     @property
     def factor(self) -> float:
@@ -120,6 +122,9 @@ class Projection:
         self.settings = settings
         self.tokens, self.width = tensors.hidden.shape
         self.vocab = tensors.weight.shape[0]
+        shard = settings.shard
+        # Of the whole head, where this is a part of it.
+        self.start, self.whole_vocab = (0, self.vocab) if shard is None else (shard.start, shard.vocab)
         # Converted once where that is small, else for every tile anew.
         self._converted: dict[tuple[int, int], Rows] | None = {} if tensors.hidden.numel() <= _SMALL else None
 

@@ -61,7 +61,7 @@ class _Statistics(torch.autograd.Function):
         with autocast_off(hidden.device):
             kept = KeptTiles.within((query.budget or 0) if is_kept else 0, models)
             state = collect(models, query, kept)
-            values = statistics(state, query, models.student.vocab)
+            values = statistics(state, query, models.student.whole_vocab)
         ctx.query, ctx.settings, ctx.teacher, ctx.recorder = query, settings, teacher, recorder
         ctx.state_names, ctx.kept_names = tuple(state), tuple(kept.tiles)
         ctx.save_for_backward(*tensors, *state.values(), *kept.tiles.values())

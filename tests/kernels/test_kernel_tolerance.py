@@ -152,5 +152,5 @@ def test_keep_rows_by_hand():
 def test_one_pass_has_none():
     case = problem(4, 6, 3)
     ones = torch.ones(4, dtype=torch.float64)
-    with pytest.raises(ValueError, match="no gradient_tolerance, found 0.1"):
+    with pytest.raises(ValueError, match=r"no gradient_tolerance, found 0\.1"):
         vocab_loss(case.hidden, case.head, case.targets, ("logp",), lambda s: s.logp, ones, gradient_tolerance=0.1)
