@@ -47,7 +47,7 @@ def vocab_loss(
         weight: (tokens,), a constant factor of each token.
         per_token: tensors with leading dimension tokens, constants, cut into blocks for `phi`.
         options: the keyword options of `vocab_statistics`. Here ``budget`` is the memory in bytes for full rows of
-            logits, of which as many are held at a time as fit (at least one); None takes 96 MiB on a CPU and 512 MiB on
+            logits, of which as many are held at a time as fit (at least 16); None takes 96 MiB on a CPU and 512 MiB on
             a GPU. There is no ``gradient_tolerance``, since the logits are gone when the gradient's norm is known.
 
     Returns:

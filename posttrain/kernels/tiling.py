@@ -52,11 +52,11 @@ def block_shape(
     Args:
         tokens, vocab, width, device: of the problem.
         models: how many models' rows are held side by side.
-        budget: bytes for the rows; None takes the device's default.
+        budget: bytes for the rows, though never fewer than 16 of them; None takes the device's default.
     """
     sizes = _sizes(device)
-    elements = sizes.block if budget is None else budget // 4
-    rows = _even(tokens, max(1, min(sizes.rows, elements // (vocab * models))))
+    least, elements = (1, sizes.block) if budget is None else (16, budget // 4)
+    rows = _even(tokens, max(least, min(sizes.rows, elements // (vocab * models))))
     return rows, _columns(rows, vocab, width, sizes)
 
 

@@ -19,7 +19,9 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from posttrain.kernels import kept
 from posttrain.modeling import StatisticsGroup, VocabRequest, attach, check_head
 from posttrain.modeling.engines import whole
 from tests.modeling import families
@@ -198,7 +200,38 @@ def run(engine_name, kind):
         own = plain(**inputs, vocab_request=asked)
     head = float((answer.head.weight - own.head.weight).abs().max())
     result = {"gradients": differences, "check": checked, "restored": restored, "head": head}
-    return {**result, "training": engine.model.training}
+    return {**result, "training": engine.model.training, "gathers": gathers_by_tile(engine)}
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the collectives that gather parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "allgather" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def gathers_by_tile(engine):
+    """Gathers of a forward and backward with one tile, and with many tiles, of which each rank has its own number."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    inputs = batch_of(rank, world, 0)
+    # and its own number of tokens
+    index, targets = (tensor[: 2 + 3 * rank] for tensor in families.targets(inputs))
+    counts, original = [], kept.tile_shape
+    # The first of three follows a forward without backward, after which FSDP2 may still hold what it gathered.
+    for tile in ((1000, 10**6), (1000, 10**6), (1 + rank, 3 + 4 * rank)):
+        kept.tile_shape = lambda *_, tile=tile: tile
+        with Gathers() as gathers:
+            answer = engine.model(**inputs, vocab_request=VocabRequest(index, targets, GROUP))
+            engine.backward(answer.statistics[0]["logp"].sum())
+        engine.gradients()
+        counts.append(gathers.count)
+    kept.tile_shape = original
+    return counts[1:]
 
 
 def gradient_of_a_shard():

@@ -48,6 +48,9 @@ def assert_equals_one_process(ranks, kind):
         assert result["check"] < 1e-4
         assert result["restored"] and result["training"]
         assert result["head"] == 0
+        one_tile, many_tiles = result["gathers"]
+        # ZeRO-3 bundles its gathers once it has seen the order of the modules, so that later there are fewer
+        assert many_tiles <= one_tile, "gathering has nothing to do with tiles"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,6 +63,12 @@ def test_torch_engines_give_the_gradients_of_one_process(found, engine, kind):
 def test_zero3_gives_the_gradients_of_one_process(found, kind):
     pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
     assert_equals_one_process(found["zero3"], kind)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_the_gathers_were_seen(found, engine):
+    """Else the comparison above would be one of zeros."""
+    assert all(rank["untied"]["gathers"][0] > 0 for rank in found.get(engine, []))
 
 
 def test_a_shard_outside_every_unit_averages_its_gradient(found):
