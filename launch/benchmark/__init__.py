@@ -1,0 +1,1 @@
+"""Side-by-side measurement of the kernels; started by launch/benchmark_kernels.sh."""
