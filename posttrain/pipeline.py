@@ -165,6 +165,7 @@ def _trainer(config: RunConfig, args: Any, tokenizer: Any, train_rows: Any, eval
         processing_class=tokenizer,
         peft_config=peft_config(config.peft),
         objective=config.objective,
+        kernel=config.kernel,
         teacher=teacher,
     )
 

@@ -28,14 +28,17 @@ def repeat_to_tokens(values: Tensor, lengths: Int[Tensor, " sequences"], tokens:
     return torch.repeat_interleave(values, lengths, dim=0, output_size=tokens)
 
 
+def weighted(values: Float[Tensor, " units"], weight: Float[Tensor, " units"] | None) -> Float[Tensor, " units"]:
+    """Each value times its weight. A value whose weight is zero never counts, not even a non-finite one."""
+    return values if weight is None else torch.where(weight > 0, values, 0) * weight
+
+
 def weighted_sum(values: Float[Tensor, " units"], weight: Float[Tensor, " units"] | None) -> Float[Tensor, ""]:
-    """Numerator of a step's loss. A value whose weight is zero never counts, not even a non-finite one."""
-    if weight is None:
-        return values.sum()
-    return (torch.where(weight > 0, values, 0) * weight).sum()
+    """Numerator of a step's loss."""
+    return weighted(values, weight).sum()
 
 
-def divide(numerator: Float[Tensor, ""], denominator: Tensor) -> Float[Tensor, ""]:
+def divide(numerator: Float[Tensor, "..."], denominator: Float[Tensor, ""]) -> Float[Tensor, "..."]:
     """``numerator / denominator``, and the (zero) numerator itself where nothing was counted."""
     denominator = denominator.to(numerator)
     return numerator / torch.where(denominator == 0, 1, denominator)
@@ -48,7 +51,7 @@ class StepCounts:
     Args:
         units: ``tokens`` and ``sequences`` -> 0-d tensors.
         batches: the step's micro-batches, kept for a counting pass; empty once nothing needs them.
-        denominators: term index -> sum of the term's weights, for terms whose weight depends on the model.
+        denominators: term index -> sum of the term's weights, for terms that return a weight.
         prepared: term index -> what the term's ``prepare`` returned.
         resolved: whether ``denominators`` and ``prepared`` are filled.
     """

@@ -93,9 +93,15 @@ class Term:
         return self.declaration.prepare(**inputs, **options)
 
     @property
+    def weight_from_columns(self) -> bool:
+        """Whether the weight that the objective returns depends on data columns alone, as it declares."""
+        declared = self.declaration.token_local and not self.declaration.model_weight
+        return self.counts_weight and declared and not self.prepares
+
+    @property
     def needs_whole_step(self) -> bool:
-        """Whether something must be known of the whole step before the first backward."""
-        return self.prepares or self.counts_weight
+        """Whether the model's statistics of the whole step must be known before the first backward."""
+        return self.prepares or (self.counts_weight and not self.weight_from_columns)
 
 
 def build_terms(objective: Objective | list[Objective], available: Available) -> tuple[Term, ...]:
@@ -225,16 +231,17 @@ def _unavailable(statistic: Statistic, available: Available) -> str | None:
 _TOKENS, _LENGTH, _IDS = 6, 2, 3
 
 
-def _example(name: str, statistic: Statistic | None) -> Tensor:
+def made_up(name: str, statistic: Statistic | None, tokens: int = _TOKENS, ids: int = _IDS) -> Tensor:
+    """A plausible constant in the shape of a statistic or column of so many tokens, `_LENGTH` to a sequence."""
     if name in TOKEN_COLUMNS or (statistic and statistic.kernel in ("ids_logp", "topk_logp", "topk_ids")):
         if "ids_logp" not in name and "topk_logp" not in name:
-            return torch.arange(_IDS).expand(_TOKENS, _IDS)
-        return torch.full((_TOKENS, _IDS), -1.25)
+            return torch.arange(ids).expand(tokens, ids)
+        return torch.full((tokens, ids), -1.25)
     per_sequence = statistic is not None and statistic.unit == "sequences"
     value = -0.5 if name.endswith("logp") or name.endswith("log_sum_sq_probs") else 0.5
     if statistic is not None and statistic.kernel == "length":
         value = float(_LENGTH)
-    return torch.full((_TOKENS // _LENGTH if per_sequence else _TOKENS,), value)
+    return torch.full((tokens // _LENGTH if per_sequence else tokens,), value)
 
 
 def _dry_run(term: Term, name: str) -> Term:
@@ -246,9 +253,9 @@ def _dry_run(term: Term, name: str) -> Term:
     per_sequence = all(item.unit == "sequences" for item in term.statistics.values()) and bool(term.statistics)
 
     def examples(statistics: Mapping[str, Statistic], columns: Collection[str]) -> dict[str, Tensor | None]:
-        made: dict[str, Tensor | None] = {key: _example(key, item) for key, item in statistics.items()}
+        made: dict[str, Tensor | None] = {key: made_up(key, item) for key, item in statistics.items()}
         for column in columns:
-            whole = _example(column, None)
+            whole = made_up(column, None)
             made[column] = whole[: _TOKENS // _LENGTH] if per_sequence and whole.dim() == 1 else whole
         return made
 

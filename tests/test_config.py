@@ -7,7 +7,16 @@ import pytest
 import torch
 import yaml
 
-from posttrain.config import DataSource, EvaluationSource, from_tree, load, peft_config, resolve, trainer_config_class
+from posttrain.config import (
+    DataSource,
+    EvaluationSource,
+    KernelConfig,
+    from_tree,
+    load,
+    peft_config,
+    resolve,
+    trainer_config_class,
+)
 from posttrain.config.values import convert, read_yaml
 from posttrain.suggest import nearest, unknown
 
@@ -53,6 +62,7 @@ def test_overrides_reach_every_depth(file: Path) -> None:
             "trainer.max_length=null",
             "peft.r=4",
             "data.eval={path: b.csv, limit: 3}",
+            "kernel={budget: 1e9, one_pass: false}",
             "objective=focal",
             "objective.gamma=1.5",
         ],
@@ -63,6 +73,7 @@ def test_overrides_reach_every_depth(file: Path) -> None:
     assert config.evaluation.k == [1, 2]
     assert config.trainer["learning_rate"] == 2e-5 and config.trainer["max_length"] is None
     assert config.peft == {"r": 4}
+    assert config.kernel == KernelConfig(budget=1_000_000_000, one_pass=False)
     assert config.data.eval == DataSource(path="b.csv", limit=3)
     assert config.objective == {"name": "focal", "gamma": 1.5}
 
@@ -82,6 +93,13 @@ def test_overrides_reach_every_depth(file: Path) -> None:
         ("trainer.max_steps=1.5", ["trainer.max_steps is 1.5", "a whole number"]),
         ("trainer.packing=yes", ["trainer.packing is 'yes'", "true or false"]),
         ("trainer.learning_rate=fast", ["trainer.learning_rate is 'fast'", "a number"]),
+        ("kernel.bugdet=1", ["'kernel.bugdet'", "did you mean 'kernel.budget'"]),
+        ("kernel.backend=3", ["kernel.backend is 3", "text"]),
+        ("kernel.budget=-1", ["kernel.budget is -1", "bytes, auto or null"]),
+        ("kernel.budget=512MB", ["kernel.budget is '512MB'", "bytes, auto or null"]),
+        ("kernel.gradient_tolerance=1", ["kernel.gradient_tolerance is 1", "without 1"]),
+        ("kernel.gradient_tolerance=.nan", ["kernel.gradient_tolerance is nan"]),
+        ("kernel.one_pass=yes", ["kernel.one_pass is 'yes'", "auto, true or false"]),
         ("evaluation.k=8", ["evaluation.k is 8", "a list"]),
         ("evaluation.k=[one]", ["evaluation.k.0 is 'one'", "a whole number"]),
         ("evaluation.before=1", ["evaluation.before is 1", "true or false"]),
@@ -196,7 +214,13 @@ def test_values_of_another_type_are_refused(value: object, annotation: object) -
 
 
 def test_the_resolved_configuration_survives_a_round_trip(file: Path) -> None:
-    overrides = ["peft.r=4", "model.revision=main", "teacher.name_or_path=big", "objective=[{name: nll, weight: 0.5}]"]
+    overrides = [
+        "peft.r=4",
+        "kernel.budget=auto",
+        "model.revision=main",
+        "teacher.name_or_path=big",
+        "objective=[{name: nll, weight: 0.5}]",
+    ]
     config = resolve(load(file, overrides), name="run")
     assert from_tree(read_yaml(config.to_yaml(), "text")) == config
     # and for those who read it with a YAML 1.1 reader

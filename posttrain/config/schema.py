@@ -1,6 +1,7 @@
 """The dataclasses behind the YAML; keys and field names are the same."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,41 @@ class DataConfig:
     eval: DataSource | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """``kernel:``: how the statistics of the vocabulary are computed; no setting but the tolerance changes a gradient.
+
+    Args:
+        backend: ``auto``, or one that `posttrain.kernels.vocab_statistics` names.
+        budget: bytes of memory within which logits are kept for the backward instead of computed anew; ``auto`` takes
+            a share of the device's memory, None keeps nothing.
+        gradient_tolerance: share of the gradient's norm, from 0 up to (not including) 1, within which the backward may
+            leave out tokens that hardly count; the logged ``gradient_tolerance/*`` bound what was left out.
+        one_pass: form the gradients in the forward, which saves a quarter of the work and holds the head's gradient in
+            float32 until the backward. ``auto`` does it wherever each term of the objective looks at one token at a
+            time and its denominator is known before the forward; true refuses to start where that is not so.
+
+    Raises:
+        ValueError: a value that is none of these.
+    """
+
+    backend: str = "auto"
+    budget: int | str | None = None
+    gradient_tolerance: float = 0.0
+    one_pass: bool | str = "auto"
+
+    def __post_init__(self) -> None:
+        budget, tolerance = self.budget, self.gradient_tolerance
+        whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0
+        if not (whole or budget is None or budget == "auto"):
+            raise ValueError(f"kernel.budget is {budget!r}; give a whole number of bytes, auto or null.")
+        number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool) and math.isfinite(tolerance)
+        if not number or not 0 <= tolerance < 1:
+            raise ValueError(f"kernel.gradient_tolerance is {tolerance!r}; give a number from 0 up to 1, without 1.")
+        if not (isinstance(self.one_pass, bool) or self.one_pass == "auto"):
+            raise ValueError(f"kernel.one_pass is {self.one_pass!r}; give auto, true or false.")
+
+
 @dataclass(kw_only=True)
 class EvaluationConfig:
     """``evaluation:``: settings of `posttrain.evaluation.evaluate`, which the main process runs alone.
@@ -139,6 +175,7 @@ class RunConfig:
         method: which trainer, one of `posttrain.config.trainer.METHODS`.
         objective: a name, a mapping with ``name`` and hyper-parameters, or a list of these; see `posttrain.terms`.
         trainer: keys of TRL's own configuration class.
+        kernel: how the statistics of the vocabulary are computed.
         peft: None, or keys of ``peft.LoraConfig`` (of another class where ``peft_type`` names one).
         reference: ``auto``, ``cached``, ``adapter_off``, ``model`` or ``none``.
         resume: true continues from the output folder's last checkpoint, a path from that checkpoint.
@@ -152,6 +189,7 @@ class RunConfig:
     objective: str | dict[str, Any] | list[Any] = "nll"
     teacher: ModelConfig | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
+    kernel: KernelConfig = field(default_factory=KernelConfig)
     peft: dict[str, Any] | None = None
     reference: str = "auto"
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

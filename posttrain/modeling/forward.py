@@ -125,21 +125,8 @@ def _statistics(hidden: Tensor, head: LMHead, request: VocabRequest) -> tuple[di
     targets = on_device(request.targets, hidden.device)
     answers = []
     for group in request.groups:
-        statistics = vocab_statistics(
-            hidden,
-            head,
-            targets,
-            group.wanted,
-            temperature=group.temperature,
-            ids=None if group.ids is None else on_device(group.ids, hidden.device),
-            k=group.k,
-            teacher=request.teacher,
-            jsd_beta=group.jsd_beta,
-            gradient_tolerance=request.gradient_tolerance,
-            budget=request.budget,
-            backend=request.backend,
-        )
-        answers.append(_own_storage(statistics.as_dict()))
+        options = request.kernel_options(group, hidden.device)
+        answers.append(_own_storage(vocab_statistics(hidden, head, targets, group.wanted, **options).as_dict()))
     return tuple(answers)
 
 

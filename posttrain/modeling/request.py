@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -58,7 +59,7 @@ class VocabRequest:
     teacher: tuple[Float[Tensor, "targets teacher_width"], LMHead] | None = None
     backend: str = "auto"
     gradient_tolerance: float = 0.0
-    budget: int | None = None
+    budget: int | str | None = None
     compute: HeadFunction | None = None
     return_hidden: bool = False
     return_head: bool = False
@@ -73,6 +74,19 @@ class VocabRequest:
             raise ValueError("compute replaces groups; give one of them.")
         if not (self.groups or self.compute or self.return_hidden or self.return_head):
             raise ValueError("The request asks for nothing; give groups, compute, return_hidden or return_head.")
+
+    def kernel_options(self, group: StatisticsGroup, device: torch.device) -> dict[str, Any]:
+        """The keyword options of `vocab_statistics` and `vocab_loss` for a group, on the head's device."""
+        return {
+            "temperature": group.temperature,
+            "ids": None if group.ids is None else on_device(group.ids, device),
+            "k": group.k,
+            "teacher": self.teacher,
+            "jsd_beta": group.jsd_beta,
+            "gradient_tolerance": self.gradient_tolerance,
+            "budget": self.budget,
+            "backend": self.backend,
+        }
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Trainers: TRL's, with the loss replaced by objectives over named statistics."""
 
-from posttrain.trainers.base import NonFiniteLossError, ObjectiveMixin
+from posttrain.trainers.base import ObjectiveMixin
+from posttrain.trainers.finite import NonFiniteLossError
 from posttrain.trainers.supervised import SupervisedTrainer
 
 __all__ = ["NonFiniteLossError", "ObjectiveMixin", "SupervisedTrainer"]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,12 +10,22 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from posttrain.binding import Side, wanted_groups
+from posttrain.config import KernelConfig
 from posttrain.modeling import StatisticsGroup, VocabRequest, check_head
 from posttrain.objectives import Loss
 from posttrain.reduction import StepCounts, divide, weighted_sum
 from posttrain.terms import KernelOptions, Term
-from posttrain.trainers.coupling import Computed, bind_term, detached, preserved_random_state, resolve
-from posttrain.trainers.metrics import MetricSums
+from posttrain.trainers.coupling import (
+    Computed,
+    bind_term,
+    count_columns,
+    detached,
+    preserved_random_state,
+    resolve,
+)
+from posttrain.trainers.finite import check_finite
+from posttrain.trainers.metrics import CertificateBounds, MetricSums
+from posttrain.trainers.one_pass import in_one_pass, read, use_one_pass
 
 if TYPE_CHECKING:
     from transformers import Trainer as Host
@@ -22,10 +33,6 @@ else:
     Host = object
 
 LOGGED = ("logp", "entropy", "is_top1")
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; training stops and every checkpoint already written stays."""
 
 
 class ObjectiveMixin(Host):
@@ -40,8 +47,10 @@ class ObjectiveMixin(Host):
     aux_loss_enabled: bool = False
     router_aux_loss_coef: float = 0.0
 
-    def _start_objective(self, terms: Sequence[Term]) -> None:
-        self.terms = tuple(terms)
+    def _start_objective(self, terms: Sequence[Term], kernel: KernelConfig) -> None:
+        self.terms, self.kernel = tuple(terms), kernel
+        self._one_pass = use_one_pass(kernel, terms)
+        self._certificates = CertificateBounds() if kernel.gradient_tolerance > 0 else None
         self._groups = wanted_groups(self.terms, LOGGED)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._evaluated: list[tuple[Computed, Side]] | None = None
@@ -55,7 +64,9 @@ class ObjectiveMixin(Host):
         sizes = [batch["side"].sizes for batch in batch_samples]
         local = torch.tensor([sum(size[unit] for size in sizes) for unit in ("tokens", "sequences")], device=device)
         tokens, sequences = self.accelerator.reduce(local, "sum")
-        return StepCounts({"tokens": tokens, "sequences": sequences}, batch_samples)
+        counts = StepCounts({"tokens": tokens, "sequences": sequences}, batch_samples)
+        count_columns(counts, self.terms, self.accelerator)
+        return counts
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -75,15 +86,17 @@ class ObjectiveMixin(Host):
         self._check_head_once(model, inputs)
         if self._coupled and not counts.resolved and len(counts.batches) > 1:
             self._count_step(model, counts)
-        computed, side, outputs = self._statistics(model, inputs)
+        one_pass = self._one_pass and torch.is_grad_enabled()
+        with self._certificates.recorded() if self._certificates else nullcontext():
+            computed, side, outputs = self._statistics(model, inputs, counts if one_pass else None)
         if self._coupled and not counts.resolved:
             resolve(counts, self.terms, [(detached(computed), side)], self.accelerator)
         shares = self._reduce(counts, computed, side, self._sums["train"])
         auxiliary = self._auxiliary(outputs, len(counts.batches), "train")
-        self._check_finite([*shares, auxiliary], computed, side)
+        check_finite(self.terms, [*shares, auxiliary], computed, side, self.state.global_step)
+        share = outputs.statistics[0]["loss"] if one_pass else torch.stack(shares).sum()
         # DDP, FSDP and ZeRO average gradients over ranks, and the denominators already count all of them
-        loss = torch.stack(shares).sum() * self.accelerator.num_processes
-        loss = loss + auxiliary
+        loss = share * self.accelerator.num_processes + auxiliary
         self._log_tokens(computed, side, self._sums["train"])
         self._clock_tokens += side.num_tokens
         return (loss, outputs) if return_outputs else loss
@@ -100,8 +113,13 @@ class ObjectiveMixin(Host):
     def _coupled(self) -> bool:
         return any(term.needs_whole_step for term in self.terms)
 
-    def _statistics(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Computed, Side, Any]:
-        """Run the wrapped model's forward; the kernel runs inside it, where sharded parameters can be read."""
+    def _statistics(
+        self, model: nn.Module, inputs: dict[str, Any], one_pass: StepCounts | None = None
+    ) -> tuple[Computed, Side, Any]:
+        """Run the wrapped model's forward; the kernel runs inside it, where sharded parameters can be read.
+
+        With the step's counts as ``one_pass`` it also forms the gradients, and the statistics are detached.
+        """
         side: Side = inputs["side"]
         model_inputs = {key: value for key, value in inputs.items() if key not in ("side", "labels")}
         groups = tuple(
@@ -119,11 +137,17 @@ class ObjectiveMixin(Host):
             targets=side.targets,
             groups=groups,
             teacher=self._teacher_states(model_inputs, side),
+            backend=self.kernel.backend,
+            gradient_tolerance=self.kernel.gradient_tolerance,
+            budget=self.kernel.budget,
         )
+        if one_pass is not None:
+            request = in_one_pass(request, tuple(self._groups), self.terms, one_pass, side)
         outputs = model(**model_inputs, vocab_request=request)
+        answers = outputs.statistics if one_pass is None else read(outputs.statistics[0], tuple(self._groups))
         computed = {
             options: {name: statistics[name] for name in self._groups[options]}
-            for options, statistics in zip(self._groups, outputs.statistics, strict=True)
+            for options, statistics in zip(self._groups, answers, strict=True)
         }
         return computed, side, outputs
 
@@ -166,25 +190,6 @@ class ObjectiveMixin(Host):
                 f"objective {term.name!r} declares the unit {term.declaration.unit} and returned "
                 f"{loss.values.shape[0]} values for {expected} of them; return one value each."
             )
-
-    def _check_finite(self, shares: Sequence[Tensor | float], computed: Computed, side: Side) -> None:
-        """One look at the device per forward, and only on failure more of them for the message.
-
-        The log-probabilities are looked at too: a threshold compares false with NaN, and would hide it.
-        """
-        logp = computed[KernelOptions()]["logp"].detach().sum()
-        numbers = [torch.as_tensor(share, device=logp.device).detach().to(logp) for share in shares]
-        if torch.isfinite(torch.stack([logp, *numbers])).all():
-            return
-        names = [f"objective {term.name!r}" for term in self.terms] + ["the mixture of experts' auxiliary loss"]
-        found = [(name, number.item()) for name, number in zip(names, numbers, strict=True) if not number.isfinite()]
-        name, number = found[0] if found else (f"objective {self.terms[0].name!r}", logp.item())
-        what = "the loss" if found else "summed log-probabilities of"
-        raise NonFiniteLossError(
-            f"{name} gave {what} {number} after {self.state.global_step} steps on rows "
-            f"{sorted(set(side.row_number.tolist()))} of the training data; checkpoints already written are kept: look "
-            "at those rows or lower trainer.learning_rate, and go on from the last checkpoint."
-        )
 
     def _auxiliary(self, outputs: Any, accumulation_steps: int, mode: str) -> Tensor | float:
         """The weighted load-balancing loss of a mixture of experts: a mean over micro-batches, like TRL's."""
@@ -274,6 +279,8 @@ class ObjectiveMixin(Host):
         """Add the metrics since the last log, reduced over micro-batches and ranks."""
         if "loss" in logs:
             logs.update(self._sums["train"].reduce(self.accelerator))
+            if self._certificates:
+                logs.update(self._certificates.reduce(self.accelerator))
             tokens = torch.tensor(self._clock_tokens, device=self.accelerator.device)
             total = self.accelerator.reduce(tokens, "sum").item()
             now = time.perf_counter()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from posttrain.binding import Side, bind
 from posttrain.reduction import StepCounts
-from posttrain.terms import KernelOptions, Term, bound_inputs
+from posttrain.statistics import parse
+from posttrain.terms import KernelOptions, Term, bound_inputs, made_up
 from posttrain.trainers.metrics import sum_dtype
 
 Computed = Mapping[KernelOptions, Mapping[str, Tensor]]
@@ -52,13 +53,13 @@ def resolve(
 
     Args:
         counts: of the step, changed in place.
-        terms: all terms; those that need nothing are passed over.
+        terms: all terms; those that need nothing or are counted already are passed over.
         batches: statistics and side of each of this rank's micro-batches.
         accelerator: its ranks are gathered over.
     """
     with torch.no_grad():
         for index, term in enumerate(terms):
-            if not term.needs_whole_step:
+            if index in counts.denominators or not (term.prepares or term.counts_weight):
                 continue
             prepared: dict[str, Tensor] = {}
             if term.prepares:
@@ -74,6 +75,32 @@ def resolve(
                     total += _units(term, side) if weight is None else weight.sum().to(total)
                 counts.denominators[index] = accelerator.reduce(total, "sum")
     counts.resolved = True
+
+
+def count_columns(counts: StepCounts, terms: Sequence[Term], accelerator: Accelerator) -> None:
+    """Fill ``counts.denominators`` where the weights come from data columns alone: no forward is needed for them.
+
+    The objective is called with made-up statistics, since by its declaration they do not matter to its weight.
+    """
+    for index, term in enumerate(terms):
+        if not term.weight_from_columns:
+            continue
+        total = torch.zeros((), dtype=sum_dtype(accelerator.device), device=accelerator.device)
+        for batch in counts.batches:
+            side = batch["side"]
+            weight = term(bind_term(term, _made_up_statistics(term, side), side, {})).weight
+            total += _units(term, side) if weight is None else weight.sum().to(total)
+        counts.denominators[index] = accelerator.reduce(total, "sum")
+
+
+def _made_up_statistics(term: Term, side: Side) -> Computed:
+    ids, device = side.token_columns.get("teacher_ids"), side.targets.device
+    width = ids.shape[1] if ids is not None else term.kernel_options.k or 1
+    made: dict[str, Tensor] = {}
+    for name in (name for statistic in term.statistics.values() for name in statistic.kernel_names):
+        tensor = made_up(name, parse(name), side.sizes["tokens"], width).to(device)
+        made[name] = tensor.to(sum_dtype(device)) if tensor.is_floating_point() else tensor
+    return {term.kernel_options: made}
 
 
 def _units(term: Term, side: Side) -> int:

@@ -1,8 +1,13 @@
 """Running sums of per-unit metrics, reduced over micro-batches and ranks once per log."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from posttrain.kernels import Certificate, record_certificates
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -43,3 +48,40 @@ class MetricSums:
         totals = accelerator.reduce(sums, "sum").tolist()
         self._sums.clear()
         return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
+
+
+class CertificateBounds:
+    """What the backwards with a gradient tolerance left out since the last log.
+
+    Each certificate is about one micro-batch's gradient on one rank.
+    """
+
+    def __init__(self) -> None:
+        self._forwards: list[list[Certificate]] = []
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Certificates of the forwards made within are kept; they come with the backward."""
+        with record_certificates() as certificates:
+            yield
+        self._forwards.append(certificates)
+
+    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
+        """Share of tokens dropped and largest bounds over all micro-batches and ranks since the last call."""
+        found = [certificate for forward in self._forwards for certificate in forward]
+        self._forwards.clear()
+        device = accelerator.device
+        dtype = sum_dtype(device)
+        columns = [[float(one.rows), one.dropped, one.head_bound, one.hidden_bound] for one in found]
+        table = [torch.stack([torch.as_tensor(entry).to(device, dtype) for entry in row]) for row in columns]
+        mine = torch.stack([torch.zeros(4, dtype=dtype, device=device), *table])
+        mine = torch.cat([mine[:, :2].sum(0), mine[:, 2:].amax(0)])
+        everyone = accelerator.gather(mine[None]).tolist()
+        rows, dropped, head_bounds, hidden_bounds = zip(*everyone, strict=True)
+        if not sum(rows):
+            return {}
+        return {
+            "gradient_tolerance/dropped_share": sum(dropped) / sum(rows),
+            "gradient_tolerance/head_bound": max(head_bounds),
+            "gradient_tolerance/hidden_bound": max(hidden_bounds),
+        }

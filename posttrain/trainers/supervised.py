@@ -1,5 +1,6 @@
 """Supervised objectives on trl.SFTTrainer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 from trl import SFTConfig, SFTTrainer
 
 from posttrain.binding import Side
+from posttrain.config import KernelConfig
 from posttrain.data.collation import ROW_NUMBER
 from posttrain.data.preparation import column_names, finish, number_rows, without_truncation
 from posttrain.modeling import VocabRequest, attach
@@ -17,6 +19,7 @@ from posttrain.sharding import unsharded
 from posttrain.terms import Available, Objective, Term, build_terms
 from posttrain.trainers import trl_adapter
 from posttrain.trainers.base import ObjectiveMixin
+from posttrain.trainers.kernel import check_kernel, kernel_config
 
 TEXT_COLUMNS = frozenset(
     ["prompt", "completion", "messages", "conversations", "text", "input_ids", "labels", "attention_mask",
@@ -33,12 +36,14 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
         model, args, train_dataset, eval_dataset, processing_class, peft_config, ...: TRL's own.
         objective: a name, a dotted path, a callable, a mapping with ``name``, ``weight``, ``statistics`` and
             hyper-parameters, or a list of these, which is summed.
+        kernel: a `KernelConfig` or a mapping of its keys: how the statistics of the vocabulary are computed.
         teacher: a model (or where to load it from) for the kernel's teacher statistics (``forward_kl``, ...). It must
             share the tokenizer.
 
     Raises:
         ValueError: unknown objective, statistic, column or hyper-parameter; a TRL setting that ``objective`` replaces;
-            a packing strategy that cuts sequences under an objective that needs them whole.
+            a packing strategy that cuts sequences under an objective that needs them whole; a kernel setting that the
+            objective or this machine does not allow.
     """
 
     _name = "posttrain-SFT"
@@ -49,6 +54,7 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
         args: SFTConfig | TrainingArguments | None = None,
         *,
         objective: Objective | list[Objective] = "nll",
+        kernel: KernelConfig | Mapping[str, Any] | None = None,
         teacher: str | PreTrainedModel | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: Any = None,
@@ -67,6 +73,8 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
             raise ValueError("train_dataset is missing; pass a datasets.Dataset or IterableDataset.")
         available = Available(columns=_side_columns(train_dataset), teacher=teacher is not None)
         terms = build_terms(objective, available)
+        kernel = kernel_config(kernel)
+        check_kernel(kernel, terms, args.device)
         _check_streams(args, train_dataset, eval_dataset)
         self._columns = tuple(dict.fromkeys(name for term in terms for name in (*term.columns, *term.prepare_columns)))
         self._sequence_term = next((term.name for term in terms if _needs_sequences(term)), None)
@@ -89,7 +97,7 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
         self.data_collator = trl_adapter.own_collator(self.data_collator, self._columns, vocab_size)
         attach(self.model)
         self.teacher = self._place_teacher(teacher)
-        self._start_objective(terms)
+        self._start_objective(terms, kernel)
 
     def _place_teacher(self, teacher: str | PreTrainedModel | None) -> nn.Module | None:
         if teacher is None:

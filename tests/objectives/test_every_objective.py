@@ -41,13 +41,15 @@ def made_up(name, dtype=torch.float64, units=None, seed=0):
         shape = (count, 3) if "ids_logp" in parameter else (count,)
         values = 0.05 + 3 * torch.rand(shape, generator=generator, dtype=torch.float64)
         inputs[parameter] = (-values if parameter.endswith("logp") else values).to(dtype).requires_grad_()
-    if declaration.prepare is not None:
-        asked = signature(declaration.prepare)
-        given = {key: value.detach() for key, value in inputs.items() if key in asked.required}
-        inputs.update(
-            declaration.prepare(**given, **{k: v for k, v in options(name).items() if k in asked.hyperparameters})
-        )
-    return inputs
+    return inputs if declaration.prepare is None else inputs | prepare(name, inputs)
+
+
+def prepare(name, inputs):
+    """What the objective's own ``prepare`` makes of the inputs, taken as the whole step."""
+    function = objectives.get(name).declaration.prepare
+    asked = signature(function)
+    given = {key: value.detach() for key, value in inputs.items() if key in asked.required}
+    return function(**given, **{k: v for k, v in options(name).items() if k in asked.hyperparameters})
 
 
 def differentiable(inputs):
@@ -127,6 +129,26 @@ def test_units_do_not_see_each_other(name):
     loss = objectives.get(name)(**inputs, **options(name))
     part = {key: value[1:3] if value.dim() else value for key, value in inputs.items()}
     torch.testing.assert_close(objectives.get(name)(**part, **options(name)).values, loss.values[1:3])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_token_local_is_declared_where_it_holds_and_nowhere_else(name):
+    """One token's statistics change: its own value alone may follow, and no weight."""
+    declaration = objectives.get(name).declaration
+    plain = made_up(name)
+    loss = objectives.get(name)(**plain, **options(name))
+    others = torch.arange(UNITS[declaration.unit]) != 2
+    local = declaration.unit == "tokens"
+    for factor in (1e-3, 50.0):
+        changed = {key: value.detach().clone() for key, value in plain.items() if parse(key)}
+        for value in changed.values():
+            value[2] *= factor
+        prepared = plain if declaration.prepare is None else prepare(name, changed)
+        found = objectives.get(name)(**{**plain, **prepared, **changed}, **options(name))
+        local &= torch.equal(found.values[others], loss.values[others])
+        local &= loss.weight is None or torch.equal(found.weight, loss.weight)
+        assert not torch.equal(found.values[2], loss.values[2])
+    assert declaration.token_local == local
 
 
 @pytest.mark.parametrize("name", NAMES)

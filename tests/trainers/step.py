@@ -58,7 +58,7 @@ def config(output: str, batch: int, accumulation: int, **options: object) -> SFT
     return SFTConfig(output, **settings)
 
 
-def step(objective, dtype: torch.dtype, batch: int, accumulation: int, rows=None, model=None, **options):
+def step(objective, dtype: torch.dtype, batch: int, accumulation: int, rows=None, model=None, kernel=None, **options):
     """Train one step and return the trainer and its gradients."""
     model = model or tiny.model(dtype)
     gradients = Gradients()
@@ -67,6 +67,7 @@ def step(objective, dtype: torch.dtype, batch: int, accumulation: int, rows=None
             model,
             config(output, batch, accumulation, **options),
             objective=objective,
+            kernel=kernel,
             train_dataset=Dataset.from_list(rows or tiny.rows()),
             processing_class=tiny.tokenizer(),
             callbacks=[gradients],
@@ -105,6 +106,7 @@ def main() -> None:
                 "moved": moved,
                 "distributed_type": str(accelerator.distributed_type),
                 "num_processes": accelerator.num_processes,
+                "logs": next(entry for entry in trainer.state.log_history if "loss" in entry),
                 "loss": next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
             },
             Path(out),

@@ -21,7 +21,15 @@ def build(tmp_path, objective="nll", *, batch=4, accumulation=1, model=None, tra
     """A trainer; options that are the trainer's own go to it, the rest to SFTConfig."""
     own = {
         name: options.pop(name)
-        for name in ("eval_dataset", "peft_config", "teacher", "compute_metrics", "callbacks", "data_collator")
+        for name in (
+            "eval_dataset",
+            "peft_config",
+            "teacher",
+            "compute_metrics",
+            "callbacks",
+            "data_collator",
+            "kernel",
+        )
         if name in options
     }
     return SupervisedTrainer(
@@ -317,6 +325,9 @@ PLAIN = Dataset.from_list([{"prompt": "a", "completion": "b"}])
         ({"objective": lambda logp, w: logp * w}, "'w'"),
         ({"eval_dataset": PLAIN, "objective": lambda logp, score: logp}, "eval data lacks the column 'score'"),
         ({"data_collator": object()}, "data_collator"),
+        ({"kernel": {"bugdet": 1}}, "did you mean 'kernel.budget'"),
+        ({"kernel": {"backend": "streemed"}}, "kernel: unknown backend 'streemed'; did you mean 'streamed'"),
+        ({"kernel": {"backend": "dense", "budget": "auto"}}, "kernel: backend 'dense'"),
         ({"teacher": tiny.model(vocab_size=99), "objective": "forward_kl"}, "vocabulary of 99"),
     ],
 )  # fmt: skip
