@@ -22,6 +22,8 @@ REFUSED = {
         lambda: {"hidden": torch.ones(4, 3, dtype=torch.int64)},
         "hidden must be floating point, found torch.int64",
     ),
+    "weight rank": (lambda: {"head": LMHead(WEIGHT[0])}, r"width 3 of hidden \(4, 3\), found \(3,\)"),
+    "weight dtype": (lambda: {"head": LMHead(WEIGHT.int())}, "head.weight must be floating point, found torch.int32"),
     "width": (lambda: {"head": LMHead(torch.randn(6, 2))}, r"width 3 of hidden \(4, 3\), found \(6, 2\)"),
     "empty vocabulary": (lambda: {"head": LMHead(torch.randn(0, 3))}, r"found \(0, 3\)"),
     "bias": (lambda: {"head": LMHead(WEIGHT, torch.zeros(5))}, r"head.bias must be \(vocab,\) = \(6,\), found \(5,\)"),
@@ -32,6 +34,14 @@ REFUSED = {
     "adapter rank": (
         lambda: {"head": LMHead(WEIGHT, low_rank=(torch.randn(4, 2), torch.randn(6, 3)))},
         r"\(4, 2\) and \(6, 3\)",
+    ),
+    "adapter device": (
+        lambda: {"head": LMHead(WEIGHT, low_rank=(torch.ones(4, 2), torch.ones(6, 2, device="meta")))},
+        r"head.low_rank\[1\] is on meta but hidden on cpu; move them together",
+    ),
+    "bias device": (
+        lambda: {"head": LMHead(WEIGHT, torch.zeros(6, device="meta"))},
+        "head.bias is on meta but hidden on cpu",
     ),
     "softcap": (lambda: {"head": LMHead(WEIGHT, softcap=0.0)}, "softcap must be positive or None, found 0.0"),
     "weight device": (lambda: {"head": LMHead(WEIGHT.to("meta"))}, "head.weight is on meta but hidden on cpu"),
@@ -48,12 +58,31 @@ REFUSED = {
     "unknown statistic": (lambda: {"wanted": ("entropie",)}, "unknown statistic 'entropie'; did you mean 'entropy'"),
     "a string": (lambda: {"wanted": "logp"}, r"found the string 'logp'; write \('logp',\)"),
     "unknown backend": (lambda: {"backend": "streaming"}, "unknown backend 'streaming'; did you mean 'streamed'"),
-    "gradient_tolerance": (lambda: {"gradient_tolerance": 0.1}, "'streamed' has neither gradient_tolerance nor budget"),
-    "budget": (lambda: {"budget": 1, "backend": "dense"}, "'dense' has neither gradient_tolerance nor budget"),
+    "gradient_tolerance": (
+        lambda: {"gradient_tolerance": 0.1, "backend": "dense"},
+        "'dense' holds all logits and skips nothing, found gradient_tolerance 0.1 and budget None",
+    ),
+    "budget": (lambda: {"budget": 1, "backend": "dense"}, "found gradient_tolerance 0.0 and budget 1; leave them"),
     "no ids": (lambda: {"wanted": ("ids_logp",)}, "ids_logp needs ids="),
     "ids rank": (
         lambda: {"wanted": ("ids_logp",), "ids": TARGETS},
         r"ids must be \(tokens, n\) with tokens = 4, found \(4,\)",
+    ),
+    "ids length": (
+        lambda: {"wanted": ("ids_logp",), "ids": TARGETS[:3, None]},
+        r"ids must be \(tokens, n\) with tokens = 4, found \(3, 1\)",
+    ),
+    "ids dtype": (
+        lambda: {"wanted": ("ids_logp",), "ids": TARGETS[:, None].float()},
+        "ids must be integers, found torch.float32",
+    ),
+    "ids device": (
+        lambda: {"wanted": ("ids_logp",), "ids": TARGETS[:, None].to("meta")},
+        "ids is on meta but hidden on cpu",
+    ),
+    "negative ids": (
+        lambda: {"wanted": ("ids_logp",), "ids": TARGETS[:, None] - 1},
+        r"ids must lie in \[0, 6\), found values from -1 to 4",
     ),
     "ids range": (
         lambda: {"wanted": ("ids_logp",), "ids": TARGETS[:, None] + 1},
@@ -74,6 +103,14 @@ REFUSED = {
         lambda: {"wanted": ("forward_kl",), "teacher": (HIDDEN, TEACHER[1])},
         "teacher head.weight must be",
     ),
+    "teacher device": (
+        lambda: {"wanted": ("jsd",), "teacher": (TEACHER[0].to("meta"), LMHead(TEACHER[1].weight.to("meta")))},
+        "the teacher is on meta but hidden on cpu",
+    ),
+    "teacher dtype": (
+        lambda: {"wanted": ("jsd",), "teacher": (TEACHER[0].int(), TEACHER[1])},
+        "teacher hidden must be floating point, found torch.int32",
+    ),
     "jsd_beta": (
         lambda: {"wanted": ("jsd",), "teacher": TEACHER, "jsd_beta": 1.5},
         r"jsd_beta must lie in \[0, 1\], found 1.5",
@@ -86,6 +123,22 @@ def test_refused_with_a_sentence(case):
     arguments, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         ask(**arguments())
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_loss_refuses_the_same(case):
+    arguments, message = REFUSED[case]
+    given = {"hidden": HIDDEN, "head": HEAD, "targets": TARGETS, "wanted": ("logp",), **arguments()}
+    positional = [given.pop(name) for name in ("hidden", "head", "targets", "wanted")]
+    with pytest.raises(ValueError, match=message):
+        vocab_loss(*positional, lambda s: s.logp, torch.ones(4), **given)
+
+
+def test_a_backend_that_cannot_run_here_names_the_one_that_can(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot run here: .+ 'streamed'"):
+        ask(backend="triton")
+    assert torch.equal(ask(backend="auto")["logp"], ask(backend="streamed")["logp"])
 
 
 def test_options_that_are_not_needed_are_not_looked_at():
@@ -122,6 +175,8 @@ def test_loss_and_map_refuse_what_is_not_per_token():
         vocab_loss(HIDDEN, HEAD, TARGETS, ("logp",), lambda s: s.logp, ones[:, None])
     with pytest.raises(ValueError, match=r"must have 4 entries, found shape \(3,\)"):
         vocab_loss(HIDDEN, HEAD, TARGETS, ("logp",), lambda s: s.logp, ones[:3])
+    with pytest.raises(ValueError, match="a per-token tensor is on meta but hidden on cpu"):
+        vocab_loss(HIDDEN, HEAD, TARGETS, ("logp",), lambda s: s.logp, ones.to("meta"))
     with pytest.raises(ValueError, match=r"must have 4 entries, found shape \(\)"):
         map_logits(lambda z, c: z.sum(1), HIDDEN, HEAD, torch.ones(()))
     with pytest.raises(ValueError, match=r"one entry per token of its block \(4\), found shape \(6,\)"):
