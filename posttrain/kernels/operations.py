@@ -9,7 +9,8 @@ from torch import Tensor
 from posttrain.kernels.accumulation import BlockAccumulator, State
 from posttrain.kernels.checks import Query
 from posttrain.kernels.coefficients import Coefficients, TileGradient
-from posttrain.kernels.projection import Settings
+from posttrain.kernels.head import LMHead
+from posttrain.kernels.projection import Projection, Settings
 
 # (z, the teacher's z, first vocabulary entry) -> dz before the softcap; both tiles may be overwritten.
 MakesGradient = Callable[[Tensor, Tensor | None, int], Float[Tensor, "rows columns"]]
@@ -22,6 +23,24 @@ def new_accumulator(query: Query, dtype: torch.dtype) -> BlockAccumulator:
     from posttrain.kernels import triton
 
     return triton.make_accumulator(query, dtype)
+
+
+def fused_forward(student: Projection, query: Query) -> State | None:
+    """The state of all tokens without any tile in memory; None where tiles by the library's products are better."""
+    tensors, settings = student.tensors, student.settings
+    if query.backend != "triton" or settings.result != torch.float32 or settings.shard is not None:
+        return None
+    from posttrain.kernels import triton
+
+    if not triton.fused_forward_is_better(tensors.hidden.device, tensors.hidden.dtype, student.width):
+        return None
+    from posttrain.kernels.triton.fused import can_fold_products, fold_of_products
+
+    low_rank = None if tensors.hidden2 is None or tensors.matrix is None else (tensors.hidden2, tensors.matrix)
+    head = LMHead(tensors.weight, tensors.bias, settings.scale, settings.softcap, low_rank)
+    if settings.operand != tensors.hidden.dtype or not can_fold_products(query, tensors.hidden, head):
+        return None
+    return fold_of_products(tensors.hidden, head, query)
 
 
 def new_tile_gradient(

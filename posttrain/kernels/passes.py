@@ -11,7 +11,7 @@ from posttrain.kernels.checks import Query
 from posttrain.kernels.coefficients import coefficients
 from posttrain.kernels.gradients import Gradients, spread
 from posttrain.kernels.kept import KeptTiles, Models, Tiles
-from posttrain.kernels.operations import new_accumulator, new_tile_gradient
+from posttrain.kernels.operations import fused_forward, new_accumulator, new_tile_gradient
 from posttrain.kernels.parallel import merge_over_ranks, sum_over_ranks
 from posttrain.kernels.tiling import slices
 
@@ -22,7 +22,11 @@ def collect(models: Models, query: Query, kept: KeptTiles) -> State:
     state: State = {}
     if "mean_logit" in query.needed and student.settings.softcap is None:
         state, query = {"sum": student.mean_logit().mul_(student.vocab)}, query.without("mean_logit")
-    if query.wanted:
+    # Tiles that are to be kept have to exist.
+    fused = fused_forward(student, query) if query.wanted and not kept.tiles else None
+    if fused is not None:
+        state |= fused
+    elif query.wanted:
         rows_size = models.tile_shape[0]
         dtype = student.settings.result
         blocks = [(rows, new_accumulator(query.rows(rows), dtype)) for rows in slices(student.tokens, rows_size)]

@@ -86,19 +86,28 @@ def propagate_within(
 ) -> tuple[Tensor | None, ...]:
     """`propagate` without the rows that ``query.gradient_tolerance`` allows to leave out.
 
-    Where the check afterwards fails, the rows are put back; the result is then exact.
+    They are chosen by an estimate of the gradient's norm. Where the norm of what was kept turns out too small for them,
+    they are chosen again by that norm and the others are put back; where that fails as well, all of them are.
     """
-    tokens = models.student.tokens
+    tolerance = query.gradient_tolerance
     bounds = _Bounds(models.student, query, arrived, state, needs)
-    keep = bounds.choose(query.gradient_tolerance)
-    gradients = propagate(models, query, arrived, state, kept, needs, index=keep.nonzero()[:, 0])
-    certificate = bounds.certify(keep, gradients)
-    governing = certificate.head_bound if bounds.has_head else certificate.hidden_bound
-    if not bool(governing <= query.gradient_tolerance):
-        rest = propagate(models, query, arrived, state, kept, needs, index=keep.logical_not().nonzero()[:, 0])
-        gradients = tuple(None if a is None or b is None else a.add_(b) for a, b in zip(gradients, rest, strict=True))
-        nothing = torch.zeros_like(governing)
-        certificate = Certificate(tokens, nothing.long(), nothing, nothing)
+
+    def through(rows: Bool[Tensor, " tokens"]) -> tuple[Tensor | None, ...]:
+        return propagate(models, query, arrived, state, kept, needs, index=rows.nonzero()[:, 0])
+
+    keep = bounds.choose(tolerance, bounds.estimated_norm())
+    gradients = through(keep)
+    for is_last in (False, True):
+        certificate = bounds.certify(keep, gradients)
+        governing = certificate.head_bound if bounds.has_head else certificate.hidden_bound
+        if bool(governing <= tolerance):
+            break
+        chosen = torch.ones_like(keep) if is_last else keep | bounds.choose(tolerance, bounds.norm(gradients))
+        back = through(chosen & ~keep)
+        gradients = tuple(None if a is None or b is None else a.add_(b) for a, b in zip(gradients, back, strict=True))
+        keep = chosen
+    else:
+        certificate = bounds.certify(keep, gradients)
     if recorder is not None:
         recorder.append(certificate)
     return gradients
@@ -128,19 +137,29 @@ class _Bounds:
             self.size = torch.where((gradient.reshape(gradient.shape[0], -1) != 0).any(1), torch.inf, self.size)
         self.per_token = self.size * sqrt(2) * self._row_norms()
 
-    def choose(self, tolerance: float) -> Bool[Tensor, " tokens"]:
-        """The rows to go through, by an estimate of the gradient's norm from its part at the targets' own entries."""
+    def choose(self, tolerance: float, norm: Float[Tensor, ""]) -> Bool[Tensor, " tokens"]:
+        """The rows to go through, if the gradient (the head's, where it has one) has this norm."""
+        allowed = tolerance * _MARGIN * norm
+        if self.has_head:
+            return keep_rows(self.per_token, allowed)
+        return keep_rows(self._hidden_bounds().square(), allowed.square())
+
+    def estimated_norm(self) -> Float[Tensor, ""]:
+        """Of the gradient's part at the targets' own vocabulary entries, the pull of other tokens left out."""
         finite = torch.where(self.size.isfinite(), self.size, 0.0)
         if self.has_head:
-            allowed = tolerance * _MARGIN * self._target_part(finite)
-            return keep_rows(self.per_token, allowed)
+            return self._target_part(finite)
         weight = self.tensors.weight
-        targets = [
+        parts = [
             finite[rows] * torch.linalg.vector_norm(weight[self.targets[rows]], dim=1, dtype=finite.dtype)
             for rows in slices(self.targets.shape[0], 1024)
         ]
-        allowed = (tolerance * _MARGIN) ** 2 * torch.cat(targets).double().square().sum()
-        return keep_rows(self._hidden_bounds().square(), allowed)
+        return torch.cat(parts).double().norm()
+
+    def norm(self, gradients: Sequence[Tensor | None]) -> Float[Tensor, ""]:
+        """Of the gradients of the head, or of the hidden states where it has none."""
+        found = HeadTensors(*gradients)  # type: ignore[arg-type]
+        return _norm([getattr(found, name) for name in self.head] if self.has_head else [found.hidden, found.hidden2])
 
     def certify(self, keep: Bool[Tensor, " tokens"], gradients: Sequence[Tensor | None]) -> Certificate:
         """The bounds on the relative errors, from the norms of what was kept."""
@@ -203,8 +222,13 @@ def _size(student: Projection, arrived: Mapping[str, Tensor], state: State) -> F
 
 def _relative(bound: Float[Tensor, ""], gradients: Sequence[Tensor | None]) -> Float[Tensor, ""]:
     """bound / (||kept|| - bound); infinite where the bound is no smaller than what was kept, 0 without gradients."""
-    norms = [torch.linalg.vector_norm(g, dtype=bound.dtype) for g in gradients if g is not None]
-    if not norms:
+    if not gradients:
         return torch.zeros_like(bound)
-    rest = torch.stack(norms).norm() - bound
+    norm = _norm(gradients)
+    rest = norm - bound
     return torch.where(bound == 0, 0.0, torch.where(rest > 0, bound / rest, torch.inf))
+
+
+def _norm(gradients: Sequence[Tensor | None]) -> Float[Tensor, ""]:
+    """The Euclidean norm of all of them together, in float64."""
+    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients if g is not None]).norm()

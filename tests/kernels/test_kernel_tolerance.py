@@ -113,6 +113,18 @@ def test_a_token_with_another_gradient_stays():
 def test_rows_are_put_back_where_the_estimate_promised_too_much(monkeypatch):
     hidden, head, targets = confident()
     weight = torch.ones(60, dtype=torch.float64)
+    _, (usual,) = backward(hidden, head, targets, weight, 1e-3)
+    estimate = tolerance._Bounds.estimated_norm
+    monkeypatch.setattr(tolerance._Bounds, "estimated_norm", lambda self: 40 * estimate(self))
+    found, (certificate,) = backward(hidden, head, targets, weight, 1e-3)
+    exact, _ = backward(hidden, head, targets, weight, 0.0)
+    assert relative(found[1:], exact[1:]) <= certificate.head_bound.item() <= 1e-3
+    assert certificate.dropped.item() > 0.3 * usual.dropped.item() > 0, "chosen again by the norm of what was kept"
+
+
+def test_all_rows_are_put_back_where_nothing_else_helps(monkeypatch):
+    hidden, head, targets = confident()
+    weight = torch.ones(60, dtype=torch.float64)
     monkeypatch.setattr(tolerance, "_MARGIN", 1e9)
     found, (certificate,) = backward(hidden, head, targets, weight, 1e-3)
     exact, _ = backward(hidden, head, targets, weight, 0.0)
