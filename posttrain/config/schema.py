@@ -97,8 +97,8 @@ class KernelConfig:
 
     Args:
         backend: ``auto``, or one that `posttrain.kernels.vocab_statistics` names.
-        budget: bytes of memory within which logits are kept for the backward instead of computed anew; ``auto`` takes
-            a share of the device's memory, None keeps nothing.
+        budget: bytes of memory for logits: kept for the backward instead of computed anew, or in one pass held at a
+            time. ``auto`` takes a share of the device's memory, None keeps nothing.
         gradient_tolerance: share of the gradient's norm, from 0 up to (not including) 1, within which the backward may
             leave out tokens that hardly count; the logged ``gradient_tolerance/*`` bound what was left out.
         one_pass: form the gradients in the forward, which saves a quarter of the work and holds the head's gradient in
