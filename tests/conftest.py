@@ -8,6 +8,9 @@ import torch
 
 # On a GPU the mode below would have cuBLAS complain without it; it is read when cuBLAS starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Without a GPU Triton's kernels run interpreted; whoever imports triton first (transformers does) decides for all.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
