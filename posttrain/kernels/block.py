@@ -119,17 +119,16 @@ class Block:
         """Adds the gradients of this block; the logits are used up."""
         # Elsewhere than on a CPU finding the live rows would wait for the device once a block.
         index = live_rows(arrived, self.count) if self.tiles[0].device.type == "cpu" else None
-        if index is None:
-            operands = self.models.student.rows(self.rows)
-            self._propagate(arrived, state, self.query, operands, gradients, gradients.rows(self.rows), None)
-            return
-        arrived = {name: gradient[index] for name, gradient in arrived.items()}
-        state = {name: value[index] for name, value in state.items()}
-        sums = gradients.new_rows(index)
-        hidden_ND, hidden2_NR = self.models.student.rows(self.rows)
-        operands = Rows(hidden_ND[index], None if hidden2_NR is None else hidden2_NR[index])
-        self._propagate(arrived, state, self.query.rows(index), operands, gradients, sums, index)
-        gradients.put_rows(index + self.rows.start, sums)
+        operands, query = self.models.student.rows(self.rows), self.query
+        if index is not None:
+            arrived = {name: gradient[index] for name, gradient in arrived.items()}
+            state = {name: value[index] for name, value in state.items()}
+            hidden_ND, hidden2_NR = operands
+            operands = Rows(hidden_ND[index], None if hidden2_NR is None else hidden2_NR[index])
+            query = query.rows(index)
+        sums = gradients.new_rows(operands.hidden_ND.shape[0])
+        self._propagate(arrived, state, query, operands, gradients, sums, index)
+        gradients.put_rows(self.rows if index is None else index + self.rows.start, sums)
 
     def _propagate(
         self,

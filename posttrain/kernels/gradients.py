@@ -77,19 +77,20 @@ class Gradients:
         hidden, hidden2 = self.sums.get("hidden"), self.sums.get("hidden2")
         return RowSums(None if hidden is None else hidden[rows], None if hidden2 is None else hidden2[rows])
 
-    def new_rows(self, index: Int[Tensor, " rows"]) -> RowSums:
-        """Sums for scattered tokens, from zero; to be handed to `put_rows` in the end."""
-        hidden, hidden2 = self.sums.get("hidden"), self.sums.get("hidden2")
-        count = index.shape[0]
-        return RowSums(
-            *(None if total is None else total.new_zeros(count, total.shape[1]) for total in (hidden, hidden2))
-        )
+    def new_rows(self, count: int) -> RowSums:
+        """Sums of some tokens from zero, each width's together as in the tiles; to be handed to `put_rows`."""
 
-    def put_rows(self, index: Int[Tensor, " rows"], sums: RowSums) -> None:
-        """Writes the sums of scattered tokens to their places."""
+        def zeros(name: str) -> Tensor | None:
+            total = self.sums.get(name)
+            return None if total is None else total.new_zeros(total.shape[1], count).T
+
+        return RowSums(zeros("hidden"), zeros("hidden2"))
+
+    def put_rows(self, rows: slice | Int[Tensor, " rows"], sums: RowSums) -> None:
+        """Writes the sums of some tokens to their places."""
         for name, part in (("hidden", sums.hidden_ND), ("hidden2", sums.hidden2_NR)):
             if part is not None:
-                self.sums[name].index_copy_(0, index, part)
+                self.sums[name][rows] = part
 
     def add(
         self, dz_NV: Float[Tensor, "rows columns"], rows: Rows, columns: Columns, sums: RowSums, column_slice: slice

@@ -56,14 +56,7 @@ def map_logits(
 
     def block(hidden: Tensor, hidden2: Tensor | None, *per_token: Tensor) -> Result:
         z_NV = _BlockLogits.apply(settings, hidden, weight, bias, hidden2, matrix)
-        result = fn(z_NV, *per_token)
-        for part in result if isinstance(result, tuple) else (result,):
-            if part.ndim == 0 or part.shape[0] != hidden.shape[0]:
-                raise ValueError(
-                    f"fn must return tensors with one entry per token of its block ({hidden.shape[0]}), found shape "
-                    f"{tuple(part.shape)}"
-                )
-        return result
+        return _checked(fn(z_NV, *per_token), hidden.shape[0])
 
     hidden_blocks = hidden.split(size)
     hidden2_blocks = [None] * len(hidden_blocks) if hidden2 is None else hidden2.split(size)
@@ -79,6 +72,16 @@ def map_logits(
     else:
         joined = torch.cat(results)
     return joined
+
+
+def _checked(result: Result, tokens: int) -> Result:
+    for part in result if isinstance(result, tuple) else (result,):
+        if part.ndim == 0 or part.shape[0] != tokens:
+            raise ValueError(
+                f"fn must return tensors with one entry per token of its block ({tokens}), found shape "
+                f"{tuple(part.shape)}"
+            )
+    return result
 
 
 class _BlockLogits(torch.autograd.Function):
