@@ -34,13 +34,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(tree, dict):
         raise ValueError(f"the configuration {str(path)!r} holds {type(tree).__name__}; expected keys and values.")
     for override in overrides:
-        _override(tree, override)
+        override(tree, override)
     return from_tree(expand(tree))
 
 
 def from_tree(tree: Mapping[str, Any]) -> RunConfig:
     """Build and check a configuration from plain dictionaries, such as `RunConfig.to_tree` gives."""
-    config = _build(RunConfig, dict(tree), "")
+    config = build(RunConfig, dict(tree), "")
     check_method(config.method)
     config.trainer = check_trainer(config.trainer, config.method)
     if config.peft is not None:
@@ -82,23 +82,27 @@ def check_source(source: DataSource, key: str) -> None:
         raise ValueError(f"{key}.limit is {source.limit}; give a number of rows of at least 1, or null for all.")
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
-    """Set one ``key.sub=value`` in the tree, making the mappings on the way."""
-    key, separator, text = override.partition("=")
+def override(tree: dict[str, Any], setting: str) -> None:
+    """Set one ``key.sub=value`` in the tree, making the mappings on the way.
+
+    Raises:
+        ValueError: not of that form, or a key under something that has none.
+    """
+    key, separator, text = setting.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise ValueError(f"the override {override!r} is not of the form key.sub=value.")
+        raise ValueError(f"the override {setting!r} is not of the form key.sub=value.")
     node: Any = tree
     for depth, part in enumerate(parts):
         done, last = ".".join(parts[:depth]), depth == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ValueError(f"the override {override!r}: {done} is a list of {len(node)}, and has no {part!r}.")
+                raise ValueError(f"the override {setting!r}: {done} is a list of {len(node)}, and has no {part!r}.")
             index: Any = int(part)
         else:
             index = part
         if last:
-            node[index] = read_yaml(text, f"the value of the override {override!r}")
+            node[index] = read_yaml(text, f"the value of the override {setting!r}")
             return
         child = node[index] if isinstance(node, list) else node.get(index)
         if part == "objective" and depth == 0 and isinstance(child, str):
@@ -106,12 +110,12 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = {}
         if not isinstance(child, dict | list):
-            raise ValueError(f"the override {override!r}: {join(done, part)} is {child!r}, which has no keys.")
+            raise ValueError(f"the override {setting!r}: {join(done, part)} is {child!r}, which has no keys.")
         node[index] = child
         node = child
 
 
-def _build(cls: type[Config], tree: Any, key: str) -> Config:
+def build(cls: type[Config], tree: Any, key: str) -> Config:
     """A configuration dataclass from a mapping, checking every key and plain value."""
     if not isinstance(tree, Mapping):
         raise ValueError(f"{key} is {tree!r}; expected keys and values.")
@@ -134,11 +138,11 @@ def _value(value: Any, annotation: Any, key: str) -> Any:
     options = get_args(annotation) if get_origin(annotation) in (Union, type(int | str)) else (annotation,)
     for option in options:
         if value is not None and isinstance(option, type) and dataclasses.is_dataclass(option):
-            return _build(option, value, key)
+            return build(option, value, key)
         inner = get_args(option)
         if get_origin(option) is list and isinstance(value, list) and dataclasses.is_dataclass(inner[0]):
             entry_type: Any = inner[0]
-            return [_build(entry_type, entry, join(key, index)) for index, entry in enumerate(value)]
+            return [build(entry_type, entry, join(key, index)) for index, entry in enumerate(value)]
     if value is None and type(None) not in options and dataclasses.is_dataclass(annotation):
         return annotation()  # type: ignore[operator]
     return convert(value, annotation, key)
