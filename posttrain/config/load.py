@@ -25,6 +25,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ValueError: no such file, malformed YAML, an unknown key at any depth (the nearest known one is named), a value
             of another type, an unset environment variable, or settings that contradict each other.
     """
+    tree = read_file(path)
+    for setting in overrides:
+        override(tree, setting)
+    return from_tree(expand(tree))
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; none for an empty one.
+
+    Raises:
+        ValueError: no such file, malformed YAML, or something else than keys and values.
+    """
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"the configuration {str(path)!r} is no file here; give the path of a YAML file.")
@@ -33,9 +45,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         tree = {}
     if not isinstance(tree, dict):
         raise ValueError(f"the configuration {str(path)!r} holds {type(tree).__name__}; expected keys and values.")
-    for override in overrides:
-        override(tree, override)
-    return from_tree(expand(tree))
+    return tree
 
 
 def from_tree(tree: Mapping[str, Any]) -> RunConfig:
@@ -86,23 +96,36 @@ def override(tree: dict[str, Any], setting: str) -> None:
     """Set one ``key.sub=value`` in the tree, making the mappings on the way.
 
     Raises:
-        ValueError: not of that form, or a key under something that has none.
+        ValueError: not of that form, or as in `assign`.
     """
     key, separator, text = setting.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise ValueError(f"the override {setting!r} is not of the form key.sub=value.")
+    what = f"the override {setting!r}"
+    if not separator or not all(key.strip().split(".")):
+        raise ValueError(f"{what} is not of the form key.sub=value.")
+    assign(tree, key.strip(), read_yaml(text, f"the value of {what}"), what)
+
+
+def assign(tree: dict[str, Any], key: str, value: Any, what: str) -> None:
+    """Set one dotted key in the tree, making the mappings on the way.
+
+    Args:
+        what: what sets it, for messages.
+
+    Raises:
+        ValueError: a list has no such entry, or a key stands under something that has none.
+    """
+    parts = key.split(".")
     node: Any = tree
     for depth, part in enumerate(parts):
         done, last = ".".join(parts[:depth]), depth == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ValueError(f"the override {setting!r}: {done} is a list of {len(node)}, and has no {part!r}.")
+                raise ValueError(f"{what}: {done} is a list of {len(node)}, and has no {part!r}.")
             index: Any = int(part)
         else:
             index = part
         if last:
-            node[index] = read_yaml(text, f"the value of the override {setting!r}")
+            node[index] = value
             return
         child = node[index] if isinstance(node, list) else node.get(index)
         if part == "objective" and depth == 0 and isinstance(child, str):
@@ -110,7 +133,7 @@ def override(tree: dict[str, Any], setting: str) -> None:
         if child is None:
             child = {}
         if not isinstance(child, dict | list):
-            raise ValueError(f"the override {setting!r}: {join(done, part)} is {child!r}, which has no keys.")
+            raise ValueError(f"{what}: {join(done, part)} is {child!r}, which has no keys.")
         node[index] = child
         node = child
 

@@ -99,6 +99,7 @@ class EvaluationConfig:
     Args:
         data: None takes ``data.eval``.
         before: ``train`` evaluates the base as well, for the before/after table.
+        every: ``train`` also evaluates after every so many optimizer steps, into ``evaluation_step_N.json``.
     """
 
     data: list[EvaluationSource] | None = None
@@ -114,6 +115,7 @@ class EvaluationConfig:
     resamples: int = 2000
     level: float = 0.95
     before: bool = True
+    every: int | None = None
 
 
 @dataclass(kw_only=True)

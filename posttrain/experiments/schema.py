@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.load import build, override
+from posttrain.config.load import build, override, read_file
 from posttrain.config.schema import REST
-from posttrain.config.values import expand, read_yaml
+from posttrain.config.values import expand
 
 
 @dataclass(kw_only=True)
@@ -103,7 +103,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig:
             type, or settings that contradict each other.
     """
     file = Path(path)
-    tree = _read(file, "the comparison")
+    tree = read_file(file)
     for one in overrides:
         override(tree, one)
     config = build(CompareConfig, expand(tree), "")
@@ -140,15 +140,6 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _read(file: Path, what: str) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"{what} {str(file)!r} is no file here; give the path of a YAML file.")
-    tree = read_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
-    if not isinstance(tree, dict):
-        raise ValueError(f"{what} {str(file)!r} holds {type(tree).__name__}; expected keys and values.")
-    return tree
-
-
 def _with_include(tree: Mapping[str, Any], folder: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The tree over the file that it includes, which may include another."""
     rest = {key: value for key, value in tree.items() if key != "include"}
@@ -157,7 +148,7 @@ def _with_include(tree: Mapping[str, Any], folder: Path, seen: tuple[Path, ...])
     file = (folder / str(tree["include"])).resolve()
     if file in seen:
         raise ValueError(f"run.include: {file.name} includes itself; take one of the two out.")
-    below = expand(_read(file, "run.include"), "run")
+    below = expand(read_file(file), "run")
     return merged(_with_include(below, file.parent, (*seen, file)), rest)
 
 
