@@ -21,15 +21,19 @@ METRICS_FILE = "metrics.jsonl"
 BEFORE_FILE, AFTER_FILE = "evaluation_before.json", "evaluation_after.json"
 ITEMS_BEFORE_FILE, ITEMS_AFTER_FILE = "evaluation_before_items.jsonl", "evaluation_after_items.jsonl"
 EVALUATION_FILE, EVALUATION_ITEMS_FILE = "evaluation.json", "evaluation_items.jsonl"
+# One for each evaluation on the way, named by its optimizer step.
+DURING_FILE, DURING_PATTERN = "evaluation_step_{step}.json", "evaluation_step_*.json"
+RESOURCES_FILE = "resources.json"
 CURVES_FILE, PASS_AT_K_FILE = "training_curves.png", "pass_at_k.png"
 
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "flash-attn")
 
 _RUN_FILES = (CONFIG_FILE, RECORD_FILE, METRICS_FILE, BEFORE_FILE, AFTER_FILE, ITEMS_BEFORE_FILE, ITEMS_AFTER_FILE,
-              CURVES_FILE)  # fmt: skip
+              CURVES_FILE, DURING_PATTERN, RESOURCES_FILE)  # fmt: skip
 # Left by `evaluate` too, which may come before training and makes no run.
 _EVALUATION_FILES = (EVALUATION_FILE, EVALUATION_ITEMS_FILE, PASS_AT_K_FILE)
-_MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin", "adapter_config.json", "adapter_model*")
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*")
+_MODEL_FILES = ("config.json", "adapter_config.json", *_WEIGHTS)
 
 
 def versions() -> dict[str, str | None]:
@@ -148,6 +152,13 @@ def clear(path: str | Path) -> None:
     if held:
         for name in _EVALUATION_FILES:
             (folder / name).unlink(missing_ok=True)
+
+
+def remove_model(path: str | Path) -> None:
+    """Remove the weights and checkpoints from a run's folder; its results and the tokenizer stay."""
+    folder = Path(path)
+    for entry in (*_checkpoints(folder), *(entry for pattern in _WEIGHTS for entry in folder.glob(pattern))):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _checkpoint(folder: Path, resume: bool | str) -> str:

@@ -23,6 +23,8 @@ Array = npt.NDArray[Any]
 # Logit rows are turned into float32 in blocks of this many elements (64 MB).
 _BLOCK_ELEMENTS = 2**24
 
+PROBABILITY_BINS = 20
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -73,6 +75,7 @@ class Likelihood:
         nll: (items,) nats, summed over the item's tokens.
         target_probability, correct, entropy: (items,) summed over tokens; entropy in nats.
         bins: (items, bins, 3) as from `calibration.bin_sums`.
+        histogram: (`PROBABILITY_BINS`,) scored tokens by the probability of the target, in equal bins over [0, 1].
         truncated: rows cut at ``max_length``.
         skipped: row numbers without a scored token, such as a completion truncated to nothing.
     """
@@ -84,6 +87,7 @@ class Likelihood:
     correct: Array
     entropy: Array
     bins: Array
+    histogram: Array
     truncated: int
     skipped: list[int]
 
@@ -203,6 +207,7 @@ def _sum_tokens(
     """Add per-token statistics up per item, in float64."""
     sums = {name: np.zeros(len(rows)) for name in ("tokens", "nll", "target_probability", "correct", "entropy")}
     sums["bins"] = np.zeros((len(rows), bins, 3))
+    sums["histogram"] = np.zeros(PROBABILITY_BINS, dtype=np.int64)
     for members, owner, token in scores:
         broken = ~np.isfinite(token["logp"])
         if broken.any():
@@ -218,6 +223,9 @@ def _sum_tokens(
         }
         for name, value in values.items():
             sums[name][members] = np.bincount(owner, value, minlength=len(members))
+        # rounding may carry a probability past 1, where a histogram would not count it
+        probability = np.minimum(values["target_probability"], 1.0)
+        sums["histogram"] += np.histogram(probability, PROBABILITY_BINS, range=(0.0, 1.0))[0]
         confidence = np.exp(token["max_logp"].astype(np.float64))
         sums["bins"][members] = calibration.bin_sums(
             confidence, token["is_top1"], owner, groups=len(members), bins=bins

@@ -9,11 +9,9 @@ import numpy.typing as npt
 from rich.table import Table
 
 from posttrain.evaluation.bootstrap import Estimate, Statistic, paired_difference
+from posttrain.metric_direction import LOWER_IS_BETTER, NO_DIRECTION
 
 Array = npt.NDArray[Any]
-
-_LOWER_IS_BETTER = frozenset({"nll", "perplexity", "expected_calibration_error"})
-_NO_DIRECTION = frozenset({"entropy"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +37,8 @@ class SourceReport:
         items: per row, its texts and per-item numbers.
         correct: (rows, samples) booleans, None without generation.
         reliability: see `calibration.reliability_table`; empty without likelihood.
+        probability_histogram: scored tokens by the probability of the target, in equal bins over [0, 1]; empty without
+            likelihood.
     """
 
     rows: int
@@ -50,6 +50,7 @@ class SourceReport:
     items: list[dict[str, Any]]
     correct: Array | None
     reliability: list[dict[str, float | int | None]]
+    probability_histogram: list[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +143,9 @@ def comparison_table(before: Report, after: Report, title: str = "Before and aft
 
 
 def _style(metric: str, difference: Estimate) -> str:
-    if difference.low <= 0 <= difference.high or metric in _NO_DIRECTION:
+    if difference.low <= 0 <= difference.high or metric in NO_DIRECTION:
         return ""
-    return "green" if (difference.value < 0) == (metric in _LOWER_IS_BETTER) else "red"
+    return "green" if (difference.value < 0) == (metric in LOWER_IS_BETTER) else "red"
 
 
 def _source_dict(source: SourceReport) -> dict[str, Any]:
@@ -156,6 +157,7 @@ def _source_dict(source: SourceReport) -> dict[str, Any]:
         "counts": source.counts,
         "not_measured": source.not_measured,
         "reliability": source.reliability,
+        "probability_histogram": source.probability_histogram,
     }
 
 

@@ -84,6 +84,7 @@ class _Findings:
     verifier: str | None = None
     correct: Any = None
     reliability: list[dict[str, float | int | None]] = field(default_factory=list)
+    probability_histogram: list[int] = field(default_factory=list)
 
 
 Advance = Callable[[int], None] | None
@@ -166,6 +167,7 @@ def _evaluate_source(
         items=found.items,
         correct=found.correct,
         reliability=found.reliability,
+        probability_histogram=found.probability_histogram,
     )
 
 
@@ -212,13 +214,12 @@ def _generation(
     correct = np.array([[verdict.correct for verdict in one] for one in verdicts])
     found.correct = correct
     index = np.arange(len(rows))
-    for size in plan.k:
-        found.measures[f"pass@{size}"] = bootstrap.mean(pass_at_k(correct, size)), index
-    for size in plan.k:
-        if size > 1:
-            found.measures[f"maj@{size}"] = bootstrap.mean(maj_at_k(answers, correct, size)), index
-    for item, texts, given, flags in zip(found.items, completions.texts, answers, correct.tolist(), strict=True):
-        item.update(completions=texts, answers=given, correct=flags)
+    values = {f"pass@{size}": pass_at_k(correct, size) for size in plan.k}
+    values |= {f"maj@{size}": maj_at_k(answers, correct, size) for size in plan.k if size > 1}
+    found.measures.update({name: (bootstrap.mean(one), index) for name, one in values.items()})
+    for row, (item, texts) in enumerate(zip(found.items, completions.texts, strict=True)):
+        item.update(completions=texts, answers=answers[row], correct=correct[row].tolist())
+        item.update({name: float(one[row]) for name, one in values.items()})
 
 
 def _likelihood(scored: Likelihood, found: _Findings) -> None:
@@ -227,6 +228,7 @@ def _likelihood(scored: Likelihood, found: _Findings) -> None:
     found.counts["truncated_rows"] = scored.truncated
     found.counts["skipped_rows"] = len(scored.skipped)
     found.reliability = scored.reliability()
+    found.probability_histogram = scored.histogram.tolist()
     for place, row in enumerate(scored.index):
         tokens = int(scored.tokens[place])
         found.items[row].update(
