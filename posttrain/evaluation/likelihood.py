@@ -1,6 +1,7 @@
 """Held-out likelihood of completions: NLL, perplexity, target probability, accuracy, entropy and calibration."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.utils import logging
 from posttrain.evaluation import bootstrap, calibration
 from posttrain.evaluation.inference import CausalLM, evaluation_mode, max_positions
 from posttrain.evaluation.rows import Row, is_scorable, require, scored_ids
+from posttrain.modeling import StatisticsGroup, VocabRequest, attach, detach, head_difference, is_attached
 
 logger = logging.get_logger(__name__)
 
@@ -22,6 +24,7 @@ Array = npt.NDArray[Any]
 
 # Logit rows are turned into float32 in blocks of this many elements (64 MB).
 _BLOCK_ELEMENTS = 2**24
+_PROBE_TOKENS = 64
 
 PROBABILITY_BINS = 20
 
@@ -42,8 +45,11 @@ class Batch:
     targets: Int[Tensor, " tokens"]
 
 
+TokenStatistics = Callable[[CausalLM, Batch], dict[str, Tensor]]
+
+
 def token_statistics(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
-    """Statistics of the next-token distribution at every scored position.
+    """Statistics of the next-token distribution at every scored position, from the model's own logits.
 
     Returns:
         (tokens,) each: ``logp`` of the target and ``max_logp`` of the most probable token in nats, ``entropy`` in nats,
@@ -63,6 +69,49 @@ def token_statistics(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
         blocks["entropy"].append(torch.special.entr(logp.exp()).sum(dim=-1))
         blocks["is_top1"].append(top == targets)
     return {name: torch.cat(parts) for name, parts in blocks.items()}
+
+
+def streamed_token_statistics(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
+    """`token_statistics` of an attached model, without ever holding tokens x vocabulary logits."""
+    group = StatisticsGroup(("logp", "logsumexp", "max_logit", "entropy", "is_top1"))
+    request = VocabRequest(batch.target_index, batch.targets, (group,))
+    found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, vocab_request=request).statistics[0]
+    return {
+        "logp": found["logp"],
+        "max_logp": found["max_logit"] - found["logsumexp"],
+        "entropy": found["entropy"],
+        "is_top1": found["is_top1"] > 0,
+    }
+
+
+@contextmanager
+def fastest_token_statistics(model: CausalLM, probe: Sequence[int]) -> Iterator[TokenStatistics]:
+    """The streamed statistics where they give the model's own log-probabilities on ``probe``, else the dense ones.
+
+    A model that was not attached before is detached again.
+
+    Args:
+        model: plain, or wrapped by PEFT.
+        probe: token ids, of which at most `_PROBE_TOKENS` are compared.
+    """
+    ids = torch.tensor([list(probe[:_PROBE_TOKENS])], device=model.device)
+    with ExitStack() as undo:
+        try:
+            if not is_attached(model):
+                attach(model)
+                undo.callback(detach, model)
+            difference, accepted, _ = head_difference(model, ids)
+        except (TypeError, ValueError) as error:
+            logger.info(f"Likelihood is computed from whole logits: {error}")
+            chosen = token_statistics
+        else:
+            chosen = streamed_token_statistics if difference <= accepted else token_statistics
+            if chosen is token_statistics:
+                logger.warning(
+                    f"Likelihood is computed from whole logits: those of {type(model).__name__} differ from its hidden "
+                    f"states times its head by {difference:.3g} nats."
+                )
+        yield chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,21 +180,28 @@ def token_scores(
         `token_statistics` as numpy arrays.
     """
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index][0]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        width = len(sequences[chosen[0]][0])
-        ids = np.zeros((len(chosen), width), dtype=np.int64)
-        mask, scored = np.zeros_like(ids), np.zeros_like(ids, dtype=bool)
-        for row, index in enumerate(chosen):
-            tokens, flags = sequences[index]
-            ids[row, : len(tokens)], mask[row, : len(tokens)], scored[row, : len(tokens)] = tokens, 1, flags
-        row_index, column = scored[:, 1:].nonzero()
-        arrays = (ids, mask, row_index * width + column, ids[row_index, column + 1])
-        with evaluation_mode(model):
-            statistics = token_statistics(model, Batch(*(torch.from_numpy(a).to(model.device) for a in arrays)))
-        yield np.array(chosen), row_index, {name: value.cpu().numpy() for name, value in statistics.items()}
-        if progress is not None:
-            progress(len(chosen))
+    if not order:
+        return
+    with fastest_token_statistics(model, sequences[order[-1]][0]) as statistics_of:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch, owner = _collate([sequences[index] for index in chosen], model.device)
+            with evaluation_mode(model):
+                statistics = statistics_of(model, batch)
+            yield np.array(chosen), owner, {name: value.cpu().numpy() for name, value in statistics.items()}
+            if progress is not None:
+                progress(len(chosen))
+
+
+def _collate(sequences: Sequence[tuple[list[int], list[bool]]], device: torch.device) -> tuple[Batch, Array]:
+    """Sequences, longest first, as a batch, and which of them each scored token belongs to."""
+    ids = np.zeros((len(sequences), len(sequences[0][0])), dtype=np.int64)
+    mask, scored = np.zeros_like(ids), np.zeros_like(ids, dtype=bool)
+    for row, (tokens, flags) in enumerate(sequences):
+        ids[row, : len(tokens)], mask[row, : len(tokens)], scored[row, : len(tokens)] = tokens, 1, flags
+    row_index, column = scored[:, 1:].nonzero()
+    arrays = (ids, mask, row_index * ids.shape[1] + column, ids[row_index, column + 1])
+    return Batch(*(torch.from_numpy(array).to(device) for array in arrays)), row_index
 
 
 def likelihood(
