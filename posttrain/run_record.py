@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,15 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def command(without: Sequence[str] = ()) -> list[str]:
+    """This process's command, without the place it was started from, with no secret in it.
+
+    Args:
+        without: arguments to leave out.
+    """
+    return ["posttrain", *(_without_secret(argument) for argument in sys.argv[1:] if argument not in without)]
+
+
 def write(config: RunConfig, *, processes: int = 1, distributed_type: str = "NO", seed: int | None = None) -> Path:
     """Write the resolved configuration and a record of where it ran into the output folder.
 
@@ -101,7 +111,7 @@ def write(config: RunConfig, *, processes: int = 1, distributed_type: str = "NO"
     (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     record = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": ["posttrain", *(_without_secret(argument) for argument in sys.argv[1:])],
+        "command": command(),
         "seed": seed,
         "versions": versions(),
         "git": git_state(Path(__file__).parent),

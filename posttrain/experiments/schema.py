@@ -94,6 +94,9 @@ class CompareConfig:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig:
     """Read a comparison; ``run`` comes back with its ``include`` merged in.
 
+    ``${NAME}`` in the runs' settings is left to the runs to expand, so that no secret and no place on this machine is
+    written into the results.
+
     Args:
         path: YAML file.
         overrides: ``key.sub=value``, the value in YAML.
@@ -106,9 +109,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> CompareConfig:
     tree = read_file(file)
     for one in overrides:
         override(tree, one)
-    config = build(CompareConfig, expand(tree), "")
+    config = build(CompareConfig, tree, "")
     config.run = _with_include(config.run, file.parent, (file.resolve(),))
-    config.output_dir = config.output_dir or str(Path("runs") / "compare" / file.stem)
+    config.output_dir = expand(config.output_dir) or str(Path("runs") / "compare" / file.stem)
+    config.launch = expand(config.launch)
     check(config)
     return config
 
@@ -145,10 +149,10 @@ def _with_include(tree: Mapping[str, Any], folder: Path, seen: tuple[Path, ...])
     rest = {key: value for key, value in tree.items() if key != "include"}
     if "include" not in tree:
         return rest
-    file = (folder / str(tree["include"])).resolve()
+    file = (folder / expand(str(tree["include"]), "run.include")).resolve()
     if file in seen:
         raise ValueError(f"run.include: {file.name} includes itself; take one of the two out.")
-    below = expand(read_file(file), "run")
+    below = read_file(file)
     return merged(_with_include(below, file.parent, (*seen, file)), rest)
 
 
