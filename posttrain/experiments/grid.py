@@ -84,7 +84,7 @@ def expand(config: CompareConfig) -> list[PlannedRun]:
         if getattr(config, key) is not None and not getattr(config, key):
             raise ValueError(f"{key} is empty, so that the comparison has no run in it; name at least one.")
     found = variants(config)
-    _check_budget(config, found)
+    _check_fairness(config, found)
     runs = [
         _planned(config, variant, base, data, seed)
         for base, data, variant, seed in itertools.product(
@@ -234,20 +234,21 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _check_budget(config: CompareConfig, found: Sequence[Variant]) -> None:
-    """Raise where an objective would spend more than another."""
-    if config.budget is None:
-        return
-    fixed = (*_SPENT, *_ROWS_A_STEP) if config.budget.steps is not None else _SPENT
+def _check_fairness(config: CompareConfig, found: Sequence[Variant]) -> None:
+    """Raise where an objective would spend more than another, or be measured otherwise."""
+    budget = config.budget
+    fixed = () if budget is None else _SPENT if budget.steps is None else (*_SPENT, *_ROWS_A_STEP)
     places = {f"objective {variant.label}": variant.settings for variant in found}
     if config.tune is not None:
         places["tune"] = config.tune.values
     for place, settings in places.items():
-        for key in fixed:
-            if key in settings:
+        for key in settings:
+            if key in fixed:
                 raise ValueError(
                     f"{key} is set for {place}, and the budget is equal for all; leave it to run, or leave out budget."
                 )
+            if key.partition(".")[0] == "evaluation":
+                raise ValueError(f"{key} is set for {place}, and all runs are evaluated alike; set it in run.")
 
 
 def _check_names(runs: Sequence[PlannedRun]) -> None:

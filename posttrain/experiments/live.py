@@ -41,6 +41,7 @@ class LiveTable:
         self._console, self._newest = console, newest
         self._results: dict[str, str] = {}
         self._live = Live(console=console, auto_refresh=False, transient=False)
+        self._jobs: Sequence[Job] = ()
         self._drawn = 0.0
 
     def __enter__(self) -> "LiveTable":
@@ -50,12 +51,14 @@ class LiveTable:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._live.update(self._table(self._jobs), refresh=True)
         self._live.stop()
 
     def update(self, jobs: Sequence[Job]) -> None:
         """Draw the table, at most once a second."""
+        self._jobs = jobs
         now = time.monotonic()
-        if now - self._drawn >= 1 or all(job.state not in ("waiting", "running") for job in jobs):
+        if now - self._drawn >= 1:
             self._drawn = now
             self._live.update(self._table(jobs), refresh=True)
 

@@ -131,6 +131,7 @@ class Runner:
                         del self._running[place]
                         self._finish(job, process.returncode)
                 self._display.update(shown)
+            self._display.update(shown)
         finally:
             # an interrupt, or an error of our own: no child is left behind
             self._stop()

@@ -112,7 +112,7 @@ def _hold_out(source: Mapping[str, Any], train: Tree) -> Tree:
             f"{split!r}): it must be a whole file or hub set, not streamed; give tune.on a list of evaluation sources."
         )
     share = 100 - HELD_OUT_PERCENT
-    rest = {key: train[key] for key in ("path", "name", "format", "columns", "template") if key in train}
+    rest: Tree = {key: train[key] for key in ("path", "name", "format", "columns", "template") if key in train}
     judged = {key: source[key] for key in ("verifier", "label", "limit") if key in source}
     train["split"] = f"{split}[:{share}%]"
     return {**rest, **judged, "split": f"{split}[{share}%:]"}
