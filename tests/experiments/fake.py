@@ -19,7 +19,7 @@ folder, command = pathlib.Path(sys.argv[1]), sys.argv[2]
 tree = yaml.safe_load((folder / "resolved.yaml").read_text())
 with (folder.parent / "started.txt").open("a") as file:
     file.write(folder.name + "\n")
-if tree["model"]["name_or_path"] == "unfit":
+if tree["model"].get("name_or_path") == "unfit":
     sys.exit("posttrain: max_new_tokens=128 leaves no room for a prompt")
 source = tree["evaluation"]["data"][0]
 if command == "evaluate":
