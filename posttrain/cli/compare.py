@@ -4,7 +4,6 @@ import shlex
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
 from posttrain.cli.output import console, print_rows
 from posttrain.cli.train import print_paths
@@ -41,12 +40,15 @@ def compare(path: str, overrides: Sequence[str], *, report_only: bool = False, d
         _list(plan, places)
         return 0
     if not report_only:
-        signal.signal(signal.SIGTERM, _as_interrupt)
+        # a polite end stops the children as Ctrl-C does
+        earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             _execute(plan, places)
         except KeyboardInterrupt:
             console(stderr=True).print("Stopped; the same command goes on from here.", markup=False)
             return INTERRUPTED
+        finally:
+            signal.signal(signal.SIGTERM, earlier)
     failed = _say_failures(plan)
     _report(engine.read(plan, shlex.join(command(without=("--report-only",)))), plan.folder)
     return 1 if failed else 0
@@ -100,8 +102,3 @@ def _say_failures(plan: Plan) -> bool:
         screen.print(f"{job.name} failed: {job.error} ({job.folder / LOG_FILE})", markup=False)
         screen.print("\n".join(f"    {line}" for line in failure(job.folder)[1]), markup=False)
     return bool(failed)
-
-
-def _as_interrupt(number: int, frame: FrameType | None) -> None:
-    """A polite end stops the children as Ctrl-C does."""
-    raise KeyboardInterrupt

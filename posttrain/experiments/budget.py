@@ -37,6 +37,8 @@ class TokenCounter:
 
     def _mean(self, tree: Mapping[str, Any]) -> float:
         """Tokens of one row, on average over the first rows."""
+        from datasets import disable_progress_bars
+
         from posttrain.config import from_tree
         from posttrain.config.values import expand
         from posttrain.evaluation.rows import scored_ids
@@ -44,6 +46,7 @@ class TokenCounter:
 
         config = from_tree(expand({key: value for key, value in tree.items() if key != "objective"}))
         assert config.data.train is not None
+        disable_progress_bars()
         limit = config.trainer.get("max_length", 1024)
         # another seed of a task draws other rows of the same kind
         train = {**(tree["data"]["train"]), "seed": None}

@@ -43,9 +43,10 @@ class Plan:
         self.folder = Path(str(config.output_dir))
         self._counter = TokenCounter(processes)
         planned = expand_grid(config)
+        self.before = self._before(planned)
+        planned = [_without_before(run) for run in planned]
         self.runs = [self.with_budget(run) for run in planned]
         self.steps = {(run.base, run.data): _steps(run) for run in self.runs}
-        self.before = self._before(self.runs)
         self.trials: list[tuple[Trial, Job]] = []
         if config.tune is not None:
             for trial in trials(config.tune, planned, config.seeds):
@@ -106,7 +107,7 @@ class Plan:
     def _before(self, runs: list[PlannedRun]) -> dict[tuple[str, str], Job]:
         found: dict[tuple[str, str], Job] = {}
         for run in runs:
-            evaluation = {**(run.tree.get("evaluation") or {})}
+            evaluation = dict(run.tree["evaluation"])
             wanted = evaluation.pop("before", True)
             if not wanted or (run.base, run.data) in found:
                 continue
@@ -175,6 +176,11 @@ class _Anything(Collection[str]):
 
     def __len__(self) -> int:
         return 0
+
+
+def _without_before(run: PlannedRun) -> PlannedRun:
+    """The bases are evaluated once, not by every run."""
+    return dataclasses.replace(run, tree={**run.tree, "evaluation": {**run.tree["evaluation"], "before": False}})
 
 
 def _steps(run: PlannedRun) -> int | None:
