@@ -118,21 +118,8 @@ def paired_items(
     seeds, items = difference.shape
     if items < 2:
         raise ValueError(f"A bootstrap over items needs two items that all seeds measured, found {items}.")
-    rng = np.random.default_rng(seed)
     per_item = difference.mean(axis=0)
-    drawn = stats.bootstrap(
-        (per_item * weight, weight),
-        _quotient,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=max(1, _BLOCK // items),
-        method="percentile",
-        rng=rng,
-    ).bootstrap_distribution
-    if seeds > 1:
-        error = _seed_error(difference * weight / weight.mean())
-        drawn = drawn + error * stats.t.rvs(seeds - 1, size=resamples, random_state=rng)
+    drawn = _draws(difference, weight, resamples, np.random.default_rng(seed))
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     p = min(1.0, 2 * (1 + float(min((drawn <= 0).sum(), (drawn >= 0).sum()))) / (resamples + 1))
     return {
@@ -146,6 +133,26 @@ def paired_items(
         "items": items,
         "seeds": seeds,
     }
+
+
+def _draws(difference: Array, weight: Array, resamples: int, rng: np.random.Generator) -> Array:
+    """What the weighted mean of (seeds, items) differences could have been with other items and seeds, (resamples,)."""
+    seeds, items = difference.shape
+    per_item = difference.mean(axis=0)
+    drawn: Array = stats.bootstrap(
+        (per_item * weight, weight),
+        _quotient,
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=max(1, _BLOCK // items),
+        method="percentile",
+        rng=rng,
+    ).bootstrap_distribution
+    if seeds == 1:
+        return drawn
+    error = _seed_error(difference * weight / weight.mean())
+    return drawn + error * stats.t.rvs(seeds - 1, size=resamples, random_state=rng)
 
 
 def _quotient(top: Array, bottom: Array, axis: int = -1) -> Any:

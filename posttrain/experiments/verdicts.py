@@ -29,6 +29,8 @@ def verdict(difference: Difference, alpha: float = 0.05) -> str:
     value, low, high = (float(one or 0.0) for one in (difference.value, difference.low, difference.high))
     if found == "open":
         words = f"{ours} and {theirs} cannot be told apart: difference {signed(value)} [{signed(low)}, {signed(high)}]"
+        if low * high > 0:
+            words += f", p = {difference.corrected_p:.2g} after correction for many comparisons"
     else:
         word = found if found != "different" else "higher" if value > 0 else "lower"
         if value < 0:
@@ -39,9 +41,9 @@ def verdict(difference: Difference, alpha: float = 0.05) -> str:
 
 
 def number(value: float) -> str:
-    """Three decimals for the sizes that metrics have, three digits for others."""
+    """Three decimals for the sizes that metrics have, two digits for smaller ones."""
     size = abs(value)
-    return "0" if size == 0 else f"{value:.3f}" if 0.01 <= size < 1000 else f"{value:.3g}"
+    return "0" if size == 0 else f"{value:.3f}" if 0.001 <= size < 1000 else f"{value:.2g}"
 
 
 def signed(value: float) -> str:

@@ -211,7 +211,7 @@ def test_verdicts_of_one_seed_say_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.0, "0"), (0.5, "0.500"), (-12.34567, "-12.346"), (0.00012345, "0.000123")]
+    ("value", "text"), [(0.0, "0"), (0.5, "0.500"), (-12.34567, "-12.346"), (0.00012345, "0.00012")]
 )
 def test_numbers(value: float, text: str) -> None:
     assert number(value) == text
