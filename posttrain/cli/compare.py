@@ -33,10 +33,10 @@ def compare(path: str, overrides: Sequence[str], *, report_only: bool = False, d
     config = schema.load(path, overrides)
     places = runner.slots(config)
     plan = Plan(config, max(place.processes for place in places))
+    plan.refuse_changes()
     if not report_only:
         validate(plan)
     if dry_run:
-        plan.refuse_changes()
         _list(plan, places)
         return 0
     if not report_only:

@@ -1,5 +1,6 @@
 """A whole comparison: evaluate the bases, tune, run the grid, and read what it left."""
 
+import dataclasses
 import datetime
 import json
 import re
@@ -13,12 +14,12 @@ from posttrain import run_record
 from posttrain.experiments.grid import PlannedRun
 from posttrain.experiments.jobs import DONE_FILE, Job, differences
 from posttrain.experiments.plan import SETTINGS_FILE, Plan, settings_tree
-from posttrain.experiments.reading import metrics_of, read_base, read_run
+from posttrain.experiments.reading import metrics_of, read_base, read_run, status_of
 from posttrain.experiments.results import Comparison
 from posttrain.experiments.runner import Runner
 from posttrain.experiments.tuning import best, measure
 
-TRIALS_FILE, LOCK_FILE = "trials.json", ".lock"
+LOCK_FILE = ".lock"
 
 MakeRunner = Callable[[Sequence[int]], Runner]
 
@@ -27,14 +28,13 @@ def execute(plan: Plan, make_runner: MakeRunner) -> None:
     """Run everything that is not done. A job that fails is left as failed, and those that need it are not started.
 
     Args:
-        plan: of the comparison.
+        plan: of the comparison, not refused by `Plan.refuse_changes`.
         make_runner: from file descriptors that children are to hold, a runner.
 
     Raises:
-        ValueError: another process runs in the folder, or finished results were made with other settings.
+        ValueError: another process runs in the folder, or tuning chose other values for a finished run than before.
         KeyboardInterrupt: children have been stopped; the next call goes on from there.
     """
-    plan.refuse_changes()
     with _locked(plan) as lock:
         text = yaml.safe_dump(settings_tree(plan.config), sort_keys=False, allow_unicode=True)
         (plan.folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
@@ -70,15 +70,14 @@ def choose(plan: Plan) -> list[dict[str, Any]]:
         return []
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for trial, job in plan.trials:
-        value = measure(metrics_of(job.folder), tune.metric) if job.is_done() else None
-        failed = job.state in ("failed", "not started")
-        error = job.error
-        if job.is_done() and value is None:
-            failed, error = True, f"its evaluation has no {tune.metric}"
+        status, error = status_of(job.folder) if job.state != "not started" else ("failed", job.error)
+        value = measure(metrics_of(job.folder), tune.metric) if status == "done" else None
+        if status == "done" and value is None:
+            status, error = "failed", f"its evaluation has no {tune.metric}"
         row = {
             "objective": trial.run.objective, "base": trial.run.base, "data": trial.run.data,
             "hyperparameters": dict(trial.values), "metric": tune.metric, "value": value,
-            "status": "failed" if failed else "done" if job.is_done() else "missing", "error": error, "chosen": False,
+            "status": status, "error": error, "chosen": False,
         }  # fmt: skip
         groups.setdefault(trial.run.group, []).append(row)
     for rows in groups.values():
@@ -113,7 +112,7 @@ def read(plan: Plan, command: str) -> Comparison:
         job = plan.jobs[run.name]
         found = read_run(job.folder, **_identity(run), before=before.get((run.base, run.data)))
         if found.status == "missing" and job.error is not None:
-            found = found.__class__(**{**found.__dict__, "status": "failed", "error": job.error})
+            found = dataclasses.replace(found, status="failed", error=job.error)
         runs.append(found)
     record = _record(plan)
     settings = {key: value for key, value in settings_tree(plan.config).items() if value not in (None, {}, [])}

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from posttrain import run_record
 from posttrain.config.values import join, read_yaml
 
 RESOLVED_FILE, LOG_FILE = "resolved.yaml", "log.txt"
@@ -68,6 +69,11 @@ class Job:
         """Whether the folder holds its finished results."""
         return (self.folder / DONE_FILE).exists()
 
+    def has_results(self) -> bool:
+        """Whether the child has written what it was run for."""
+        name = run_record.EVALUATION_FILE if self.kind == "base" else run_record.AFTER_FILE
+        return (self.folder / name).exists()
+
     def write_resolved(self) -> Path:
         """Write the configuration that the child reads, and take away the marks of an earlier attempt."""
         assert self.tree is not None
@@ -109,6 +115,8 @@ def differences(job: Job, ignored: Sequence[str] = ()) -> list[str]:
         ignored: dotted keys that may differ.
     """
     if job.tree is None or not job.is_done():
+        return []
+    if json.loads((job.folder / DONE_FILE).read_text(encoding="utf-8"))["fingerprint"] == fingerprint(job.tree):
         return []
     stored = read_yaml((job.folder / RESOLVED_FILE).read_text(encoding="utf-8"), str(job.folder / RESOLVED_FILE))
     # by way of YAML, which reads the text 1e-4 as a number

@@ -32,7 +32,7 @@ def read_run(
         name, objective, base, data, seed, hyperparameters: as in `RunResult`.
         before: the base's evaluation, which the values during training begin with.
     """
-    status, error = _status(folder)
+    status, error = status_of(folder)
     found: dict[str, Any] = {"status": status, "error": error}
     if status == "done":
         report = _json(folder / run_record.AFTER_FILE)
@@ -51,7 +51,7 @@ def read_run(
 
 def read_base(folder: Path, *, base: str, data: str, seed: int) -> RunResult:
     """The evaluation of a base without training."""
-    status, error = _status(folder)
+    status, error = status_of(folder)
     found: dict[str, Any] = {"status": status, "error": error}
     if status == "done":
         report = _json(folder / run_record.EVALUATION_FILE)
@@ -71,7 +71,8 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
-def _status(folder: Path) -> tuple[Status, str | None]:
+def status_of(folder: Path) -> tuple[Status, str | None]:
+    """Of the job that a folder belongs to, and why it failed."""
     if (folder / DONE_FILE).exists():
         return "done", None
     if (folder / FAILED_FILE).exists():

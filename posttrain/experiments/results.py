@@ -37,7 +37,7 @@ class RunResult:
         probability_histogram: source -> test tokens by the probability of the target, in equal bins over [0, 1].
         pass_at_k: source -> k -> pass@k for every k up to the number of samples.
         seconds: of training, without loading and evaluation; None where it ran in several parts.
-        peak_memory_bytes: of training: allocated on the device, or resident where there is none.
+        peak_memory_bytes: of training in the main process: allocated on the device, or resident where there is none.
     """
 
     name: str

@@ -157,13 +157,14 @@ class Runner:
     def _finish(self, job: Job, code: int) -> None:
         assert job.started is not None
         job.seconds = time.monotonic() - job.started
-        if code == 0:
+        if code == 0 and job.has_results():
             job.mark_done(job.seconds)
             job.state = "done"
-        else:
-            job.error = f"stopped by signal {-code}" if code < 0 else failure(job.folder)[0]
-            job.mark_failed(job.error)
-            job.state = "failed"
+            return
+        stopped = f"stopped by signal {-code}" if code < 0 else failure(job.folder)[0]
+        job.error = stopped if code else "it ended well and left no evaluation"
+        job.mark_failed(job.error)
+        job.state = "failed"
 
     def _stop(self) -> None:
         for job, process in self._running.values():

@@ -14,6 +14,7 @@ import pytest
 from posttrain.experiments import engine
 from posttrain.experiments.plan import Plan, validate
 from posttrain.experiments.results import Comparison
+from posttrain.experiments.runner import Runner, Slot
 from tests.experiments import fake
 
 RATES = {"trainer.learning_rate": [1e-2, 1e-3, 1e-4]}
@@ -21,6 +22,7 @@ RATES = {"trainer.learning_rate": [1e-2, 1e-3, 1e-4]}
 
 def compare(folder: Path, **changes: Any) -> Comparison:
     made = fake.plan(folder, **changes)
+    made.refuse_changes()
     engine.execute(made, fake.runner)
     return engine.read(made, "posttrain compare x.yaml")
 
@@ -72,6 +74,12 @@ def test_a_failure_is_reported_stops_nothing_and_is_tried_again(tmp_path: Path) 
     assert fake.started(tmp_path, "runs").count("bad-tiny-base-addition-seed0") == 2
     # a report that is written later knows too
     assert engine.read(fake.plan(tmp_path, **changes), "").runs[0].error == bad.error
+
+
+def test_a_child_that_ends_well_without_an_evaluation_has_failed(tmp_path: Path) -> None:
+    made = fake.plan(tmp_path, objectives={"nll": "nll"})
+    engine.execute(made, lambda keep: Runner([Slot(None)], fake.Silent(), command=lambda job, slot: ["true"]))
+    assert made.before["tiny-base", "addition"].error == "it ended well and left no evaluation"
 
 
 def test_runs_whose_trials_all_failed_are_not_started(tmp_path: Path) -> None:
