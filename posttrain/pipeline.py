@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from posttrain import run_record
 from posttrain.config import ModelConfig, RunConfig, peft_config, trainer_config_class
 from posttrain.config.resolve import on_cpu
-from posttrain.evaluation import Report, evaluate, plot_pass_at_k
-from posttrain.loading import load_evaluation_sources, load_model, load_rows, load_tokenizer, location
+from posttrain.evaluation import HarnessTask, Report, evaluate, harness, plot_pass_at_k
+from posttrain.loading import load_model, load_rows, load_sources, load_tokenizer, location
 from posttrain.metrics_log import MetricsLog, plot_curves, read
 from posttrain.resources import Resources
 from posttrain.sharding import unsharded
@@ -74,7 +74,7 @@ def prepare(config: RunConfig) -> Run:
     with PartialState().local_main_process_first():
         train_rows = load_rows(config.data.train, tokenizer, key="data.train")
         eval_rows = load_rows(config.data.eval, tokenizer, key="data.eval") if config.data.eval is not None else None
-        sources = load_evaluation_sources(config.evaluation.data or (), tokenizer)
+        sources = load_sources(config.evaluation, tokenizer)
     trainer = _trainer(config, args, tokenizer, train_rows, eval_rows)
     run = Run(config, args, tokenizer, trainer, sources, checkpoint)
     _check_evaluation(run)
@@ -123,7 +123,7 @@ def evaluate_only(config: RunConfig) -> tuple[Report, Mapping[str, Path]] | None
     Raises:
         ValueError: there is no evaluation data, or the folder holds an evaluation already.
     """
-    if not config.evaluation.data:
+    if not config.evaluation.data and config.evaluation.harness is None:
         raise ValueError("evaluation.data is missing, and data.eval as well; name a path or a task to evaluate on.")
     folder = Path(config.trainer["output_dir"])
     written = folder / run_record.EVALUATION_FILE
@@ -136,8 +136,9 @@ def evaluate_only(config: RunConfig) -> tuple[Report, Mapping[str, Path]] | None
     if not state.is_main_process:
         return None
     tokenizer = load_tokenizer(config.tokenizer, config.model)
-    sources = load_evaluation_sources(config.evaluation.data, tokenizer)
-    report = _report(_placed(load_model(config.model), state.device), tokenizer, sources, config)
+    sources = load_sources(config.evaluation, tokenizer)
+    model = _placed(load_model(config.model), state.device)
+    report = _report(model, tokenizer, sources, config, checkpoint=location(config.model.name_or_path))
     folder.mkdir(parents=True, exist_ok=True)
     written = _write_report(folder, report, run_record.EVALUATION_FILE, run_record.EVALUATION_ITEMS_FILE)
     return report, {"evaluation": written} | _plot(folder, None, report)
@@ -157,6 +158,9 @@ def _guard(config: RunConfig) -> str | None:
 def _check_evaluation(run: Run) -> None:
     """Evaluate on nothing, so that a wrong setting is found before the training and not after it."""
     _report(run.trainer.model, run.tokenizer, {}, run.config)
+    for source in run.sources.values():
+        if isinstance(source, HarnessTask):
+            harness.check(source, run.trainer.model)
     every = run.config.evaluation.every
     if every is not None and every < 1:
         raise ValueError(f"evaluation.every is {every}; give a number of optimizer steps of at least 1, or null.")
@@ -251,13 +255,15 @@ def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model if placed else model.to(device)  # type: ignore[arg-type]
 
 
-def _report(model: Any, tokenizer: Any, sources: Mapping[str, Any], config: RunConfig) -> Report:
+def _report(
+    model: Any, tokenizer: Any, sources: Mapping[str, Any], config: RunConfig, checkpoint: str | None = None
+) -> Report:
     options = {
         item.name: getattr(config.evaluation, item.name)
         for item in dataclasses.fields(config.evaluation)
-        if item.name not in ("data", "before", "every")
+        if item.name not in ("data", "harness", "before", "every")
     }
-    return evaluate(model, tokenizer, sources, **options, progress=True)
+    return evaluate(model, tokenizer, sources, **options, checkpoint=checkpoint, progress=True)
 
 
 def _write_reports(folder: Path, before: Report | None, after: Report | None) -> dict[str, Path]:

@@ -91,6 +91,27 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
+class HarnessConfig:
+    """``evaluation.harness:``: tasks of lm-evaluation-harness, beside ``evaluation.data``.
+
+    Args:
+        tasks: names of its tasks, groups or tags, or of those in ``include_path``.
+        include_path: folder of task YAMLs of one's own.
+        limit: at most this many items of each task; below 1 a share.
+        num_fewshot: examples in the prompt; None takes the task's own number.
+        apply_chat_template: write prompts by the tokenizer's chat template.
+        confirm_run_unsafe_code: allow tasks that run the code a model writes.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    limit: float | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    confirm_run_unsafe_code: bool = False
+
+
+@dataclass(kw_only=True)
 class EvaluationConfig:
     """``evaluation:``: settings of `posttrain.evaluation.evaluate`, which the main process runs alone.
 
@@ -98,11 +119,15 @@ class EvaluationConfig:
 
     Args:
         data: None takes ``data.eval``.
+        harness: tasks of lm-evaluation-harness; ``metrics``, ``samples`` and what else concerns sampling is not theirs.
+        backend: what samples: ``transformers``, or ``vllm`` (where installed) under ``posttrain evaluate``.
         before: ``train`` evaluates the base as well, for the before/after table.
         every: ``train`` also evaluates after every so many optimizer steps, into ``evaluation_step_N.json``.
     """
 
     data: list[EvaluationSource] | None = None
+    harness: HarnessConfig | None = None
+    backend: str = "transformers"
     metrics: list[str] = field(default_factory=lambda: ["generation", "likelihood"])
     samples: int = 8
     k: list[int] = field(default_factory=lambda: [1, 8])

@@ -16,9 +16,12 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """One metric on one source: its items' terms, the rows they belong to (ascending), and the bootstrapped value."""
+    """One metric on one source: its items' terms, the rows they belong to (ascending), and the bootstrapped value.
 
-    statistic: Statistic
+    A metric of the whole corpus that is no function of sums over items, such as BLEU, has no statistic.
+    """
+
+    statistic: Statistic | None
     index: Array
     estimate: Estimate
 
@@ -95,7 +98,7 @@ class Comparison:
 
 
 def compare(before: Report, after: Report) -> dict[str, dict[str, Comparison]]:
-    """Source -> metric -> comparison, for everything that both reports measured; resampling settings are after's.
+    """Source -> metric -> comparison, for all that both reports measured by item; resampling settings are after's.
 
     Raises:
         ValueError: the reports share no source, or a source's rows differ between them.
@@ -112,6 +115,8 @@ def compare(before: Report, after: Report) -> dict[str, dict[str, Comparison]]:
         result[name] = {}
         for metric in (metric for metric in old.measures if metric in new.measures):
             one, two = old.measures[metric], new.measures[metric]
+            if one.statistic is None or two.statistic is None:
+                continue
             _, left, right = np.intersect1d(one.index, two.index, return_indices=True)
             if len(left):
                 pair = one.statistic.take(left), two.statistic.take(right)
