@@ -119,8 +119,10 @@ def test_the_answer_gives_verdicts_in_words(html: str, markdown: str) -> None:
     # knowing more or less of what is to be forgotten is neither better nor worse
     assert "Against nll, by pass@1: focal is better on 1 of 2 test sets, differs on 1 of 2 test sets" in html
     assert "cannot be told apart on both test sets" in html
-    line = row(markdown, "retain (words · tiny)")
-    assert "▲ better +0.200" in line and line.endswith("| focal (0.600) |")
+    table = markdown[markdown.index("| objective | forget, pass@1 | retain, pass@1 |") :]
+    assert row(table, "nll") == "| nll | 0.400 | 0.400 |"
+    assert "| different +0.200" in row(table, "focal") and "| ▲ better +0.200" in row(table, "focal")
+    assert row(table, "best mean") == "| best mean |  | focal (0.600) |"
 
 
 def test_names_are_escaped(html: str, markdown: str) -> None:
@@ -154,7 +156,7 @@ def test_markdown_finds_its_plots(written: dict[str, Path], markdown: str) -> No
 
 
 def test_a_metric_that_a_run_lacks_is_a_gap(markdown: str) -> None:
-    lines = [line for line in markdown.splitlines() if line.startswith("| focal |")]
+    lines = [line for line in markdown.splitlines() if line.startswith("| focal | 3 of 3 |")]
     assert len(lines) == 2
     for line in lines:
         assert line.endswith("| *not measured* |") and not re.search(r"\| 0(\.0+)? \|", line)

@@ -35,27 +35,36 @@ def _conclusion(differences: Sequence[Difference]) -> str:
         return f"Nothing can be said yet: no objective could be compared with {first}."
     if seen <= {"untested", "open"}:
         return f"No objective can be told apart from {first} here."
-    names = {one.metric.rpartition("/")[2] for one in differences}
-    by = f", by {names.pop()}" if len(names) == 1 else ""
-    return f"Against {first}{by}: " + "; ".join(f"{name} {_tally(kinds)}" for name, kinds in found.items()) + "."
+    alike: dict[tuple[Outcome, ...], list[str]] = {}
+    for name, kinds in found.items():
+        alike.setdefault(tuple(sorted(kinds)), []).append(name)
+    metrics = {one.metric.rpartition("/")[2] for one in differences}
+    by = f", by {metrics.pop()}" if len(metrics) == 1 else ""
+    return f"Against {first}{by}: " + "; ".join(_tally(names, kinds) for kinds, names in alike.items()) + "."
 
 
-_MARKS: dict[Outcome, Mark] = {"better": "better", "worse": "worse"}
-_WORDS: dict[Outcome, str] = {
-    "better": "is better",
-    "worse": "is worse",
-    "different": "differs",
-    "open": "cannot be told apart",
-    "untested": "could not be compared",
+# For one objective and for several.
+_WORDS: dict[Outcome, tuple[str, str]] = {
+    "better": ("is better", "are better"),
+    "worse": ("is worse", "are worse"),
+    "different": ("differs", "differ"),
+    "open": ("cannot be told apart", "cannot be told apart"),
+    "untested": ("could not be compared", "could not be compared"),
 }
+_MARKS: dict[Outcome, Mark] = {"better": "better", "worse": "worse"}
 
 
-def _tally(kinds: Sequence[Outcome]) -> str:
-    parts = [(words, kinds.count(kind)) for kind, words in _WORDS.items() if kind in kinds]
+def _tally(names: Sequence[str], kinds: Sequence[Outcome]) -> str:
+    """Objectives that fared alike, and how, on how many test sets."""
+    subject = " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+    parts = [(words[len(names) > 1], kinds.count(kind)) for kind, words in _WORDS.items() if kind in kinds]
     if len(parts) > 1:
-        return ", ".join(f"{words} on {count} of {len(kinds)} test sets" for words, count in parts)
-    words = parts[0][0]
-    return words if len(kinds) == 1 else f"{words} on {'both' if len(kinds) == 2 else f'all {len(kinds)}'} test sets"
+        told = ", ".join(f"{words} on {count} of {len(kinds)} test sets" for words, count in parts)
+    elif len(kinds) > 1:
+        told = f"{parts[0][0]} on {'both' if len(kinds) == 2 else f'all {len(kinds)}'} test sets"
+    else:
+        told = parts[0][0]
+    return f"{subject} {told}"
 
 
 def _sentence(group: Group, metric: str) -> str:
@@ -67,20 +76,33 @@ def _sentence(group: Group, metric: str) -> str:
 
 
 def _verdicts(questions: Sequence[tuple[Group, str]]) -> Table:
-    """Test set by objective: how each stands to the first."""
+    """Objective by test set: how each stands to the first."""
     objectives = list(dict.fromkeys(one for group, _ in questions for one in group.objectives))
-    rows = []
+    first = objectives[0]
+    columns = []
     for group, metric in questions:
-        source, _, name = metric.rpartition("/")
         against = {one.objective: _short(one) for one in group.differences.get(metric, [])}
-        cells = [against.get(objective, Cell("–", mark="gap")) for objective in objectives[1:]]
-        rows.append([Cell(source, group.title), Cell(name), *cells, _leader(group, metric)])
-    header = ["test set", "metric", *objectives[1:], "best mean"]
+        against[first] = _own(group, first, metric)
+        columns.append([against.get(objective, Cell("–", mark="gap")) for objective in objectives])
+    best = [_leader(group, metric) for group, metric in questions]
+    rows = [[Cell(objective), *cells] for objective, *cells in zip(objectives, *columns, strict=True)]
+    several = len({id(group) for group, _ in questions}) > 1
+    header = ["objective", *(_test_set(group, metric, several) for group, metric in questions)]
     caption = (
-        f"Differences to {objectives[0]} on the metric that decides, with 95 % intervals. Verdicts go by p values "
+        f"Differences to {first} on the metric that decides, with 95 % intervals. Verdicts go by p values "
         "corrected for many comparisons, so an interval that leaves out 0 may not be enough."
     )
-    return Table(caption, header, rows)
+    return Table(caption, header, [*rows, [Cell("best mean"), *best]])
+
+
+def _test_set(group: Group, metric: str, named: bool) -> str:
+    source, _, name = metric.rpartition("/")
+    return f"{source}, {name}" + (f" ({group.title})" if named else "")
+
+
+def _own(group: Group, objective: str, metric: str) -> Cell:
+    mean = group.mean(objective, metric) if objective in group.objectives else None
+    return Cell("–", mark="gap") if mean is None else Cell(number(mean.value))
 
 
 def _short(one: Difference) -> Cell:

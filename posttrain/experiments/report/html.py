@@ -45,6 +45,7 @@ tbody th { min-width: 6rem; max-width: 17rem; overflow-wrap: break-word; }
 td { max-width: 26rem; }
 td.short { white-space: nowrap; }
 .detail { display: block; font-size: .8rem; white-space: nowrap; }
+th .detail { white-space: normal; }
 .best { font-weight: 700; } .best .detail { font-weight: 400; } .better { color: #04603e; } .worse { color: #a3330b; }
 .gap { color: var(--soft); font-style: italic; }
 .note { color: var(--soft); font-size: .88rem; margin: -1rem 0 1.5rem; }

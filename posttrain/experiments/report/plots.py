@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,8 @@ class Palette:
         place = self.place(objective)
         return {
             "color": _COLOURS[place % len(_COLOURS)],
-            "marker": _MARKERS[place % len(_MARKERS)],
+            # shifted by one each time round: no two objectives share both colour and marker
+            "marker": _MARKERS[(place + place // len(_COLOURS)) % len(_MARKERS)],
             "linestyle": _DASHES[place // len(_COLOURS) % len(_DASHES)],
         }
 
@@ -178,7 +180,7 @@ def bars(values: Mapping[str, Sequence[float]], palette: Palette, title: str, la
             panel.annotate(
                 f"{mean:.3g}", (max(found), place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9
             )
-        panel.set_yticks(range(len(values)), [_short(name, 24) for name in values])
+        panel.set_yticks(range(len(values)), ["\n".join(textwrap.wrap(_short(name, 44), 24)) for name in values])
         panel.invert_yaxis()
         panel.grid(axis="y", visible=False)
         panel.set(title=_short(title, 54), xlabel=label)
@@ -208,8 +210,11 @@ def _png(figure: Figure, legend_of: Axes | None) -> bytes:
 
 
 def _short(text: str, length: int) -> str:
+    """At most ``length`` characters; names differ at their ends more often than in their middles."""
+    if len(text) > length:
+        text = text[: (length - 1) // 2] + "…" + text[len(text) - length // 2 :]
     # A dollar would start a formula.
-    return (text if len(text) <= length else text[: length - 1] + "…").replace("$", r"\$")
+    return text.replace("$", r"\$")
 
 
 def _by_step(curves: Sequence[Points]) -> tuple[np.ndarray, np.ndarray]:
