@@ -20,6 +20,7 @@ from posttrain.experiments.runner import Runner
 from posttrain.experiments.tuning import best, measure
 
 LOCK_FILE = ".lock"
+_TOLD = ("budget", "objectives", "bases", "data", "seeds", "vary", "tune", "overrides_for")
 
 MakeRunner = Callable[[Sequence[int]], Runner]
 
@@ -115,11 +116,9 @@ def read(plan: Plan, command: str) -> Comparison:
             found = dataclasses.replace(found, status="failed", error=job.error)
         runs.append(found)
     record = _record(plan)
-    settings = {key: value for key, value in settings_tree(plan.config).items() if value not in (None, {}, [])}
-    steps = {f"{base}/{data}": count for (base, data), count in plan.steps.items() if count is not None}
     return Comparison(
         question=plan.config.question,
-        settings={**settings, "steps": steps},
+        settings=_settings(plan),
         runs=runs,
         before=before,
         trials=trials,
@@ -172,6 +171,19 @@ def _not_started(job: Job, error: str) -> None:
 def _identity(run: PlannedRun) -> dict[str, Any]:
     names = ("name", "objective", "base", "data", "seed", "hyperparameters")
     return {name: getattr(run, name) for name in names}
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    """What decides the numbers: neither where the runs were placed, nor what of ``run`` the comparison replaces."""
+    tree = settings_tree(plan.config)
+    found = {key: tree[key] for key in _TOLD if tree[key]}
+    if "budget" in found:
+        found["budget"] = {key: value for key, value in found["budget"].items() if value is not None}
+    replaced = {"output_dir", "seed", *(("max_steps",) if plan.config.budget is not None else ())}
+    run = {key: value for key, value in tree["run"].items() if key != "objective"}
+    run["trainer"] = {key: value for key, value in (run.get("trainer") or {}).items() if key not in replaced}
+    steps = {f"{base}/{data}": count for (base, data), count in plan.steps.items() if count is not None}
+    return {**found, "steps": steps, "run": run}
 
 
 def _record(plan: Plan) -> Mapping[str, Any]:

@@ -66,9 +66,9 @@ class Comparison:
 
     Args:
         question: in the user's words.
-        settings: what the runs share and how they were made: ``run`` (the configuration all runs start from),
-            ``budget`` and ``steps`` (what it came to, by base and data), ``objectives``, ``bases``, ``data``, ``seeds``
-            and, where given, ``vary``, ``tune`` and ``overrides_for``.
+        settings: what the runs share and how they were made: ``run`` (the configuration all runs start from, without
+            what the comparison replaces), ``objectives``, ``seeds``, ``steps`` (``base/data`` -> optimizer steps) and,
+            where given, ``budget``, ``bases``, ``data``, ``vary``, ``tune`` and ``overrides_for``.
         runs: in the order of the grid: base, data, objective, seed.
         before: (base, data) -> the base's own evaluation, as far as there is one.
         trials: of tuning: ``objective``, ``base``, ``data``, ``hyperparameters``, ``metric``, ``value`` (None for a

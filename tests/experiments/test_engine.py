@@ -46,7 +46,8 @@ def test_bases_then_trials_then_runs_with_the_chosen_values(tmp_path: Path) -> N
     }
     assert splits == {("trials", "validation"), ("runs", "test")}
     assert list(tmp_path.glob("out/*/*/model.safetensors")) == []
-    assert found.settings["steps"] == {"tiny-base/addition": 3}
+    assert found.settings["steps"] == {"tiny-base/addition": 3} and found.settings["budget"] == {"steps": 3}
+    assert "output_dir" not in found.settings and str(tmp_path) not in str(found.settings)
 
 
 def test_a_finished_run_is_not_repeated_and_an_unfinished_one_is(tmp_path: Path) -> None:
