@@ -96,7 +96,7 @@ def expand(config: CompareConfig) -> list[PlannedRun]:
         _check_secrets(run.tree, "run")
         if run.tree.get("data", {}).get("train") is None:
             raise ValueError(f"run.data.train is missing for data {run.data!r}; name a path or a task to train on.")
-        if not evaluation_sources(run.tree):
+        if not evaluation_sources(run.tree) and not run.tree["evaluation"].get("harness"):
             raise ValueError(f"run.evaluation.data is missing for data {run.data!r}; name what to compare the runs on.")
     return runs
 

@@ -81,7 +81,8 @@ def _on_validation(tune: TuneConfig, run: PlannedRun, seed: int) -> PlannedRun:
     train: Tree = tree["data"]["train"]
     if train.get("task") is not None:
         train["seed"] = int(train.get("seed") or 0) - run.seed + seed
-    evaluation = {**(tree.get("evaluation") or {}), "every": None}
+    # what is known outside, such as the tasks of lm-evaluation-harness, has test rows alone
+    evaluation = {**tree["evaluation"], "every": None, "harness": None}
     if isinstance(tune.on, list):
         evaluation["data"] = copy.deepcopy(tune.on)
     else:
@@ -100,6 +101,8 @@ def _validation(sources: Sequence[Mapping[str, Any]], train: Tree) -> list[Tree]
         elif held_out is None:
             held_out = _hold_out(source, train)
             found.append(held_out)
+    if not found:
+        raise ValueError("tune.on is validation, and run.evaluation.data has no rows; give tune.on a list of sources.")
     return found
 
 

@@ -106,3 +106,16 @@ def test_a_metric_without_a_better_side_is_refused(tmp_path: Path) -> None:
     assert config.tune is not None
     with pytest.raises(ValueError, match="neither better nor worse"):
         trials(config.tune, expand(config), [0])
+
+
+def test_benchmarks_that_have_test_rows_alone_are_not_tuned_on(tmp_path: Path) -> None:
+    both = {**fake.SETTINGS["run"]["evaluation"], "harness": {"tasks": ["arc_easy"]}}
+    for evaluation in (both, {"harness": {"tasks": ["arc_easy"]}}):
+        config = fake.config(tmp_path, run={**fake.SETTINGS["run"], "evaluation": evaluation}, tune=RATES)
+        assert config.tune is not None
+        runs = expand(config)
+        if "data" in evaluation:
+            assert trials(config.tune, runs, [0])[0].run.tree["evaluation"]["harness"] is None
+        else:
+            with pytest.raises(ValueError, match="give tune.on a list"):
+                trials(config.tune, runs, [0])
