@@ -117,5 +117,5 @@ def test_benchmarks_that_have_test_rows_alone_are_not_tuned_on(tmp_path: Path) -
         if "data" in evaluation:
             assert trials(config.tune, runs, [0])[0].run.tree["evaluation"]["harness"] is None
         else:
-            with pytest.raises(ValueError, match="give tune.on a list"):
+            with pytest.raises(ValueError, match="has no rows; give"):
                 trials(config.tune, runs, [0])
