@@ -61,6 +61,14 @@ def _run(arguments: argparse.Namespace) -> int:
         from posttrain.cli.evaluate import evaluate
 
         evaluate(arguments.config, arguments.overrides)
+    elif arguments.command == "diagnose":
+        from posttrain.cli.diagnose import diagnose
+
+        diagnose(arguments.config, arguments.overrides)
+    elif arguments.command == "score":
+        from posttrain.cli.score import score
+
+        score(arguments.config, arguments.overrides)
     else:
         from posttrain.cli.annotate import annotate
 
@@ -89,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "post-train a model as a YAML file says"),
         ("evaluate", "measure a model on the file's evaluation data"),
         ("compare", "train objectives under one budget, evaluate them alike, and write a report"),
+        ("diagnose", "look at a sample of the training data with the base, and recommend an objective"),
+        ("score", "write what fine-tuning made likelier beside each row, to filter data by"),
         ("annotate", "write columns beside a data set, once"),
     ):
         command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")

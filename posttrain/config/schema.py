@@ -159,6 +159,38 @@ class AnnotationConfig:
 
 
 @dataclass(kw_only=True)
+class ScoringConfig:
+    """``scoring:``: what ``posttrain score`` compares ``model`` with, and where it writes.
+
+    Args:
+        finetuned: None takes the model in ``trainer.output_dir``.
+        output: .jsonl or .parquet file to write.
+        batch_size: rows per forward.
+    """
+
+    finetuned: ModelConfig | None = None
+    output: str | None = None
+    batch_size: int = 8
+
+
+@dataclass(kw_only=True)
+class DiagnosisConfig:
+    """``diagnosis:``: the sample that ``posttrain diagnose`` looks at; it writes into ``trainer.output_dir``.
+
+    Args:
+        rows: of the training data, drawn with ``seed``; a stream gives its first.
+        batch_size: rows of a micro-batch; None takes ``trainer.per_device_train_batch_size``.
+        seed: of the draw.
+        costs: time a few tiles of the head, to predict memory and time of a step.
+    """
+
+    rows: int = 256
+    batch_size: int | None = None
+    seed: int = 0
+    costs: bool = True
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """A whole run.
 
@@ -183,6 +215,8 @@ class RunConfig:
     reference: str = "auto"
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     annotation: AnnotationConfig = field(default_factory=AnnotationConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
     resume: bool | str = False
     overwrite: bool = False
 
