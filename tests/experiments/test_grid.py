@@ -123,3 +123,11 @@ def test_a_mistake_is_named(tmp_path: Path, changes: dict[str, Any], words: str)
     with pytest.raises(ValueError) as error:
         expand(fake.config(tmp_path, **changes))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "configs/compare").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_examples_are_comparisons(path: Path) -> None:
+    runs = expand(load(path))
+    assert len({run.objective for run in runs}) >= 3 and len({run.seed for run in runs}) >= 3
