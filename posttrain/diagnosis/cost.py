@@ -111,11 +111,12 @@ def head_bytes(path: str, shapes: Shapes, device: torch.device) -> int:
     if path == "dense":
         # float32 logits, their log-softmax kept for the backward, and their gradient
         return 3 * 4 * tokens * vocab + hidden
+    rows, columns = tile_shape(tokens, vocab, width, device)
+    tiles = 2 * 4 * rows * columns
     if path == "two-pass":
-        rows, columns = tile_shape(tokens, vocab, width, device)
-        return 3 * 4 * rows * columns + hidden
+        return tiles + hidden
     rows, _ = block_shape(tokens, vocab, width, device)
-    return 2 * 4 * rows * vocab + hidden + (4 * vocab * width if shapes.head_trains else 0)
+    return 4 * rows * vocab + tiles + hidden + (4 * vocab * width if shapes.head_trains else 0)
 
 
 def model_bytes(shapes: Shapes) -> int:

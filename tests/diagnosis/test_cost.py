@@ -8,7 +8,8 @@ import torch
 
 from posttrain.diagnosis import cost
 from posttrain.diagnosis.silence import candidates
-from posttrain.kernels import LMHead
+from posttrain.kernels import LMHead, vocab_loss, vocab_statistics
+from tests.kernels.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
 SHAPES = cost.Shapes(
@@ -63,6 +64,28 @@ def test_memory_follows_from_shapes():
     assert one_pass - cost.head_bytes("one-pass", frozen, CPU) == 4 * 100 * 4
     large = dataclasses.replace(SHAPES, vocab=150_000, target_tokens=8192.0, width=896)
     assert cost.head_bytes("two-pass", large, CPU) < 0.02 * cost.head_bytes("dense", large, CPU)
+
+
+def test_the_heads_memory_is_about_what_the_kernels_hold():
+    tokens, width, vocab = 256, 32, 3000
+    hidden, weight = (torch.randn(rows, width, requires_grad=True) for rows in (tokens, vocab))
+    targets, ones = torch.arange(tokens), torch.ones(tokens)
+    shapes = dataclasses.replace(SHAPES, target_tokens=float(tokens), width=width, vocab=vocab, head_trains=False)
+
+    def two_pass(backend):
+        vocab_statistics(hidden, LMHead(weight), targets, ("logp",), backend=backend)["logp"].sum().backward()
+
+    def one_pass():
+        vocab_loss(hidden, LMHead(weight), targets, ("logp",), lambda found: -found["logp"], ones)[0].backward()
+
+    runs = {"dense": lambda: two_pass("dense"), "two-pass": lambda: two_pass("auto"), "one-pass": one_pass}
+    for path, run in runs.items():
+        hidden.grad = weight.grad = None
+        live = LiveBytes()
+        live.ignore(hidden, weight, targets, ones)
+        with live:
+            run()
+        assert 0.5 < cost.head_bytes(path, shapes, CPU) / live.peak < 2.5, path
 
 
 def test_a_few_tokens_are_timed_on_every_path():
