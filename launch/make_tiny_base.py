@@ -34,10 +34,11 @@ class Recipe:
     """Everything that decides the weights. `mixture` holds the share of rows of each task."""
 
     seed: int = 0
-    steps: int = 800
+    steps: int = 2200
     batch_size: int = 64
     pool_batches: int = 16
-    learning_rate: float = 1.5e-3
+    matrix_learning_rate: float = 5e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 100
     decay: float = 0.3
     weight_decay: float = 0.1
@@ -53,12 +54,12 @@ class Recipe:
     positions: int = 1024
     mixture: dict[str, float] = dataclasses.field(
         default_factory=lambda: {
-            "letter_count": 0.15,
-            "reverse_word": 0.30,
-            "addition": 0.20,
-            "subtraction": 0.15,
-            "multiplication": 0.10,
-            "three_term_sum": 0.10,
+            "addition": 0.45,
+            "subtraction": 0.20,
+            "reverse_word": 0.15,
+            "letter_count": 0.08,
+            "three_term_sum": 0.07,
+            "multiplication": 0.05,
         }
     )
 
@@ -121,10 +122,28 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
     return LlamaForCausalLM(config)
 
 
-def learning_rate_at(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, a constant stretch, then linear decay over the last `decay` share of the steps to almost zero."""
+def schedule(step: int, recipe: Recipe) -> float:
+    """Factor of both learning rates: linear warm-up, 1, then linear decay over the last `decay` share of the steps."""
     decay_steps = recipe.decay * recipe.steps
-    return recipe.learning_rate * min(1.0, step / recipe.warmup_steps, (recipe.steps + 1 - step) / decay_steps)
+    return min(1.0, step / recipe.warmup_steps, (recipe.steps + 1 - step) / decay_steps)
+
+
+def new_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon for the layers' matrices, AdamW for embeddings and norms; each with its peak learning rate.
+
+    With AdamW alone, addition stays out of reach for several thousand steps.
+    """
+    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    inside = set(map(id, matrices))
+    others = [weight for weight in model.parameters() if id(weight) not in inside]
+    muon = torch.optim.Muon(
+        matrices,
+        lr=recipe.matrix_learning_rate,
+        weight_decay=recipe.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adamw = torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    return [(muon, recipe.matrix_learning_rate), (adamw, recipe.learning_rate)]
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -166,15 +185,16 @@ def train(
     Returns the curve: loss (nats per token, mean since the last entry) and, every `validate_every` steps, each task's
     greedy accuracy on 50 validation problems.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
+    optimizers = new_optimizers(model, recipe)
     source = batches(tokenizer, recipe)
     curve: list[dict[str, float]] = []
     losses: list[float] = []
     start = time.perf_counter()
     for step in range(1, recipe.steps + 1):
-        rate = learning_rate_at(step, recipe)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        factor = schedule(step, recipe)
+        for optimizer, peak in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * peak
         model.train()
         ids, weights = next(source)
         logits = model(input_ids=ids).logits[:, :-1]
@@ -183,11 +203,12 @@ def train(
         loss = (token_losses * target_weights).sum() / target_weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_norm, error_if_nonfinite=True)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, _ in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
         if step % log_every == 0 or step == recipe.steps:
-            entry = {"step": step, "loss": round(sum(losses) / len(losses), 4), "learning_rate": round(rate, 7)}
+            entry = {"step": step, "loss": round(sum(losses) / len(losses), 4), "schedule": round(factor, 4)}
             losses.clear()
             if step % validate_every == 0:
                 for task in recipe.mixture:
@@ -267,9 +288,10 @@ can be compared where a base is strong, in between and weak. It is good for noth
 |---|---|---|
 {rows}
 
-200 held-out problems a task, 8 samples each. Nine in ten answers of letter_count are "1", and always saying so would
-score as high as the greedy column: it is a weak kind of strength. Recipe, loss curve and 95 % intervals:
-launch/results/tiny_base_*.
+200 held-out problems a task, 8 samples each. Two-digit addition is the strong point, subtraction the one in between,
+multiplication the weak one. Nine in ten answers of letter_count are "1", and always saying so would score as high as
+the greedy column: that number stands for no skill. Three numbers are hardly ever added right although two are. Recipe,
+loss curve and 95 % intervals: launch/results/tiny_base_*.
 """
 
 
@@ -296,7 +318,7 @@ def main() -> None:
     card = CARD.format(parameters=model.num_parameters(), vocab=recipe.vocab_size, rows=rows)
     (arguments.output / "README.md").write_text(card)
     arguments.results.mkdir(parents=True, exist_ok=True)
-    fields = ["step", "loss", "learning_rate", *recipe.mixture]
+    fields = ["step", "loss", "schedule", *recipe.mixture]
     with (arguments.results / "tiny_base_curve.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the embedded base model again, about four minutes on one CPU core: weights and tokenizer go to
+# Trains the embedded base model again, about five minutes on one CPU core: weights and tokenizer go to
 # posttrain/assets/tiny_base, recipe, loss curve and capability table to launch/results. Arguments go to
 # launch/make_tiny_base.py (see --help).
 set -euo pipefail

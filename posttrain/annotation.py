@@ -1,8 +1,6 @@
 """Columns written beside a data set once, so that training reads them instead of running another model."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from posttrain.binding import Side
-from posttrain.config import RunConfig, TokenizerConfig, trainer_config_class
+from posttrain.config import RunConfig, TokenizerConfig
 from posttrain.data.collation import ROW_NUMBER
 from posttrain.loading import load_model, load_rows, load_tokenizer
 from posttrain.modeling import StatisticsGroup, VocabRequest
+from posttrain.prepared import given_rows, prepare_rows, refuse_processes
 from posttrain.run_record import versions
 
 
@@ -75,29 +74,17 @@ def annotate_teacher_topk(config: RunConfig) -> Path:
     Raises:
         ValueError: no ``teacher``, no ``annotation.output``, a streamed set, or a teacher with another tokenizer.
     """
-    from posttrain.trainers import SupervisedTrainer
-
     settings = config.annotation
     tokenizer = _check_annotation(config)
     assert config.teacher is not None and config.data.train is not None and settings.output is not None
     rows = load_rows(config.data.train, tokenizer, key="data.train")
     if not isinstance(rows, Dataset):
         raise ValueError("data.train.streaming is true; annotation writes every row once, so set it to false.")
-    with tempfile.TemporaryDirectory() as folder:
-        whole_rows = {"packing": False, "eval_packing": None, "padding_free": False}
-        args = trainer_config_class(config.method)(
-            **{**config.trainer, **whole_rows, "output_dir": folder, "report_to": "none", "push_to_hub": False}
-        )
-        trainer = SupervisedTrainer(
-            load_model(config.teacher, key="teacher"), args, train_dataset=rows, processing_class=tokenizer
-        )
-    model = trainer.model.to(trainer.accelerator.device).eval()
-    tokenised: Any = trainer.train_dataset
-    found = teacher_topk(model, tokenised, trainer.data_collator, k=settings.k, batch_size=settings.batch_size)
-    # rows numbered before some were skipped keep their numbers: a number is no position
-    numbers = rows[ROW_NUMBER] if ROW_NUMBER in rows.column_names else range(len(rows))
-    position = {number: index for index, number in enumerate(numbers)}
-    kept = rows.select([position[number] for number in found[ROW_NUMBER]])
+    prepared = prepare_rows(config, load_model(config.teacher, key="teacher"), rows, tokenizer)
+    found = teacher_topk(
+        prepared.model, prepared.dataset, prepared.collator, k=settings.k, batch_size=settings.batch_size
+    )
+    kept = given_rows(rows, found[ROW_NUMBER])
     for name in ("input_ids", "labels", "teacher_ids", "teacher_ids_logp"):
         kept = kept.remove_columns(name) if name in kept.column_names else kept
         kept = kept.add_column(name, found[name])
@@ -125,12 +112,7 @@ def _check_annotation(config: RunConfig) -> Any:
         )  # fmt: skip
         raise ValueError(f"{missing} is missing; `annotate teacher-topk` needs a teacher, training data and an output.")
     check_output(settings.output)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise ValueError(
-            f"annotate runs in {processes} processes, which would write one file; start it in one, with `python -m "
-            "posttrain annotate`."
-        )
+    refuse_processes("annotate")
     tokenizer = load_tokenizer(config.tokenizer, config.model)
     if load_tokenizer(TokenizerConfig(), config.teacher).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
@@ -140,8 +122,8 @@ def _check_annotation(config: RunConfig) -> Any:
     return tokenizer
 
 
-def check_output(path: str | Path) -> Path:
-    """The path, if an annotation may be written there.
+def check_output(path: str | Path, *, key: str = "annotation.output") -> Path:
+    """The path, if columns may be written there; ``key`` is where it stands in the configuration.
 
     Raises:
         ValueError: another suffix than .jsonl or .parquet.
@@ -149,15 +131,15 @@ def check_output(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"annotation.output is {str(path)!r}; give a file that ends in .jsonl or .parquet.")
+        raise ValueError(f"{key} is {str(path)!r}; give a file that ends in .jsonl or .parquet.")
     if path.exists():
-        raise FileExistsError(f"annotation.output {str(path)!r} exists already; remove it or name another file.")
+        raise FileExistsError(f"{key} {str(path)!r} exists already; remove it or name another file.")
     return path
 
 
-def write(dataset: Dataset, path: str | Path, about: dict[str, Any]) -> Path:
+def write(dataset: Dataset, path: str | Path, about: dict[str, Any], *, key: str = "annotation.output") -> Path:
     """Write the annotated rows and, beside them, an ``.about.json`` on where they come from; see `check_output`."""
-    path = check_output(path)
+    path = check_output(path, key=key)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     if path.suffix == ".parquet":

@@ -1,5 +1,6 @@
 """Models, tokenizers and rows as a configuration names them."""
 
+import dataclasses
 import inspect
 import logging
 import re
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from posttrain.assets import tiny_base_path
-from posttrain.config import DataSource, EvaluationSource, ModelConfig, TokenizerConfig
+from posttrain.config import DataSource, EvaluationConfig, EvaluationSource, ModelConfig, TokenizerConfig
 from posttrain.data import formats, sources
 from posttrain.data.sources import Rows
 from posttrain.suggest import unknown
@@ -143,6 +144,28 @@ def load_evaluation_sources(
             name = f"{wanted}-{number}"
         found[name] = Source(rows, task=source.task, verifier=source.verifier)
     return found
+
+
+def load_sources(settings: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any]:
+    """All that ``evaluation:`` measures on, by name: its data, then its tasks of lm-evaluation-harness.
+
+    Raises:
+        ValueError: as `load_evaluation_sources` and `posttrain.evaluation.harness.load`, or one name stands for both.
+        ImportError: there are tasks of the harness and it is not installed.
+    """
+    found = dict(load_evaluation_sources(settings.data or (), tokenizer))
+    if settings.harness is None:
+        return found
+    from posttrain.evaluation import harness
+
+    tasks = harness.load(tokenizer, **dataclasses.asdict(settings.harness), seed=settings.seed)
+    for name in tasks:
+        if name in found:
+            raise ValueError(
+                f"evaluation.harness.tasks and evaluation.data both have {name!r}; give the one of evaluation.data "
+                "another label."
+            )
+    return {**found, **tasks}
 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:

@@ -3,21 +3,24 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from posttrain import run_record
 from posttrain.config import ModelConfig, RunConfig, peft_config, trainer_config_class
 from posttrain.config.resolve import on_cpu
-from posttrain.evaluation import Report, evaluate, plot_pass_at_k
-from posttrain.loading import load_evaluation_sources, load_model, load_rows, load_tokenizer, location
+from posttrain.evaluation import HarnessTask, Report, evaluate, harness, plot_pass_at_k
+from posttrain.loading import load_model, load_rows, load_sources, load_tokenizer, location
 from posttrain.metrics_log import MetricsLog, plot_curves, read
+from posttrain.resources import Resources
 from posttrain.sharding import unsharded
 
 logger = logging.getLogger(__name__)
@@ -71,7 +74,7 @@ def prepare(config: RunConfig) -> Run:
     with PartialState().local_main_process_first():
         train_rows = load_rows(config.data.train, tokenizer, key="data.train")
         eval_rows = load_rows(config.data.eval, tokenizer, key="data.eval") if config.data.eval is not None else None
-        sources = load_evaluation_sources(config.evaluation.data or (), tokenizer)
+        sources = load_sources(config.evaluation, tokenizer)
     trainer = _trainer(config, args, tokenizer, train_rows, eval_rows)
     run = Run(config, args, tokenizer, trainer, sources, checkpoint)
     _check_evaluation(run)
@@ -94,11 +97,17 @@ def train(config: RunConfig) -> Outcome:
     before = _evaluate_base(run) if run.sources and config.evaluation.before else None
     metrics = run.folder / run_record.METRICS_FILE
     run.trainer.add_callback(MetricsLog(metrics))
+    resources = Resources(run.trainer.accelerator.device)
+    if run.sources and config.evaluation.every:
+        run.trainer.add_callback(_EvaluateDuring(run, resources, config.evaluation.every))
+    resources.start()
     run.trainer.train(resume_from_checkpoint=run.checkpoint)
+    resources.stop()
     run.trainer.save_model()
     after = _evaluate_trained(run) if run.sources else None
     paths = {"model": run.folder, "metrics": metrics}
     if state.is_main_process:
+        resources.write(run.folder / run_record.RESOURCES_FILE, resumed=run.checkpoint is not None)
         curves = plot_curves(read(metrics), run.folder / run_record.CURVES_FILE)
         paths |= {"training curves": curves} if curves else {}
         paths |= _write_reports(run.folder, before, after)
@@ -114,7 +123,7 @@ def evaluate_only(config: RunConfig) -> tuple[Report, Mapping[str, Path]] | None
     Raises:
         ValueError: there is no evaluation data, or the folder holds an evaluation already.
     """
-    if not config.evaluation.data:
+    if not config.evaluation.data and config.evaluation.harness is None:
         raise ValueError("evaluation.data is missing, and data.eval as well; name a path or a task to evaluate on.")
     folder = Path(config.trainer["output_dir"])
     written = folder / run_record.EVALUATION_FILE
@@ -127,8 +136,9 @@ def evaluate_only(config: RunConfig) -> tuple[Report, Mapping[str, Path]] | None
     if not state.is_main_process:
         return None
     tokenizer = load_tokenizer(config.tokenizer, config.model)
-    sources = load_evaluation_sources(config.evaluation.data, tokenizer)
-    report = _report(_placed(load_model(config.model), state.device), tokenizer, sources, config)
+    sources = load_sources(config.evaluation, tokenizer)
+    model = _placed(load_model(config.model), state.device)
+    report = _report(model, tokenizer, sources, config, checkpoint=location(config.model.name_or_path))
     folder.mkdir(parents=True, exist_ok=True)
     written = _write_report(folder, report, run_record.EVALUATION_FILE, run_record.EVALUATION_ITEMS_FILE)
     return report, {"evaluation": written} | _plot(folder, None, report)
@@ -148,6 +158,18 @@ def _guard(config: RunConfig) -> str | None:
 def _check_evaluation(run: Run) -> None:
     """Evaluate on nothing, so that a wrong setting is found before the training and not after it."""
     _report(run.trainer.model, run.tokenizer, {}, run.config)
+    for source in run.sources.values():
+        if isinstance(source, HarnessTask):
+            harness.check(source, run.trainer.model)
+    every = run.config.evaluation.every
+    if every is not None and every < 1:
+        raise ValueError(f"evaluation.every is {every}; give a number of optimizer steps of at least 1, or null.")
+    if every is not None and _is_sharded(run):
+        engine = run.trainer.accelerator.distributed_type.value
+        raise ValueError(
+            f"evaluation.every is {every}, and {engine} keeps the model in parts while it trains; set it to null, or "
+            "launch on one process or DDP."
+        )
 
 
 def _trainer(config: RunConfig, args: Any, tokenizer: Any, train_rows: Any, eval_rows: Any) -> Any:
@@ -179,6 +201,34 @@ def _evaluate_base(run: Run) -> Report | None:
     return _on_main_process(run, run.config.model if _is_sharded(run) else None)
 
 
+class _EvaluateDuring(TrainerCallback):
+    """Evaluates after every so many steps, but not after the last, which has an evaluation of its own."""
+
+    def __init__(self, run: Run, resources: Resources, every: int) -> None:
+        self.run, self.resources, self.every = run, resources, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every or state.global_step >= state.max_steps:
+            return
+        started = time.perf_counter()
+        with self.resources.paused(), _forward_kept(self.run.trainer.accelerator.unwrap_model(self.run.trainer.model)):
+            report = _on_main_process(self.run, None)
+        if report is not None:
+            path = self.run.folder / run_record.DURING_FILE.format(step=state.global_step)
+            path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        self.run.trainer.exclude_from_clock(time.perf_counter() - started)
+
+
+@contextmanager
+def _forward_kept(model: Any) -> Iterator[None]:
+    """Put back what unwrapping takes off for good: the forward that mixed precision wrapped."""
+    kept = {name: model.__dict__[name] for name in ("forward", "_original_forward") if name in model.__dict__}
+    try:
+        yield
+    finally:
+        model.__dict__.update(kept)
+
+
 def _evaluate_trained(run: Run) -> Report | None:
     saved = dataclasses.replace(run.config.model, name_or_path=str(run.folder))
     return _on_main_process(run, saved if _is_sharded(run) else None)
@@ -206,13 +256,15 @@ def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model if placed else model.to(device)  # type: ignore[arg-type]
 
 
-def _report(model: Any, tokenizer: Any, sources: Mapping[str, Any], config: RunConfig) -> Report:
+def _report(
+    model: Any, tokenizer: Any, sources: Mapping[str, Any], config: RunConfig, checkpoint: str | None = None
+) -> Report:
     options = {
         item.name: getattr(config.evaluation, item.name)
         for item in dataclasses.fields(config.evaluation)
-        if item.name not in ("data", "before")
+        if item.name not in ("data", "harness", "before", "every")
     }
-    return evaluate(model, tokenizer, sources, **options, progress=True)
+    return evaluate(model, tokenizer, sources, **options, checkpoint=checkpoint, progress=True)
 
 
 def _write_reports(folder: Path, before: Report | None, after: Report | None) -> dict[str, Path]:

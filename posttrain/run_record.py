@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,19 @@ METRICS_FILE = "metrics.jsonl"
 BEFORE_FILE, AFTER_FILE = "evaluation_before.json", "evaluation_after.json"
 ITEMS_BEFORE_FILE, ITEMS_AFTER_FILE = "evaluation_before_items.jsonl", "evaluation_after_items.jsonl"
 EVALUATION_FILE, EVALUATION_ITEMS_FILE = "evaluation.json", "evaluation_items.jsonl"
+# One for each evaluation on the way, named by its optimizer step.
+DURING_FILE, DURING_PATTERN = "evaluation_step_{step}.json", "evaluation_step_*.json"
+RESOURCES_FILE = "resources.json"
 CURVES_FILE, PASS_AT_K_FILE = "training_curves.png", "pass_at_k.png"
 
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "flash-attn")
 
 _RUN_FILES = (CONFIG_FILE, RECORD_FILE, METRICS_FILE, BEFORE_FILE, AFTER_FILE, ITEMS_BEFORE_FILE, ITEMS_AFTER_FILE,
-              CURVES_FILE)  # fmt: skip
+              CURVES_FILE, DURING_PATTERN, RESOURCES_FILE)  # fmt: skip
 # Left by `evaluate` too, which may come before training and makes no run.
 _EVALUATION_FILES = (EVALUATION_FILE, EVALUATION_ITEMS_FILE, PASS_AT_K_FILE)
-_MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin", "adapter_config.json", "adapter_model*")
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*")
+_MODEL_FILES = ("config.json", "adapter_config.json", *_WEIGHTS)
 
 
 def versions() -> dict[str, str | None]:
@@ -80,6 +85,15 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def command(without: Sequence[str] = ()) -> list[str]:
+    """This process's command, without the place it was started from, with no secret in it.
+
+    Args:
+        without: arguments to leave out.
+    """
+    return ["posttrain", *(_without_secret(argument) for argument in sys.argv[1:] if argument not in without)]
+
+
 def write(config: RunConfig, *, processes: int = 1, distributed_type: str = "NO", seed: int | None = None) -> Path:
     """Write the resolved configuration and a record of where it ran into the output folder.
 
@@ -97,7 +111,7 @@ def write(config: RunConfig, *, processes: int = 1, distributed_type: str = "NO"
     (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     record = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": ["posttrain", *(_without_secret(argument) for argument in sys.argv[1:])],
+        "command": command(),
         "seed": seed,
         "versions": versions(),
         "git": git_state(Path(__file__).parent),
@@ -148,6 +162,13 @@ def clear(path: str | Path) -> None:
     if held:
         for name in _EVALUATION_FILES:
             (folder / name).unlink(missing_ok=True)
+
+
+def remove_model(path: str | Path) -> None:
+    """Remove the weights and checkpoints from a run's folder; its results and the tokenizer stay."""
+    folder = Path(path)
+    for entry in (*_checkpoints(folder), *(entry for pattern in _WEIGHTS for entry in folder.glob(pattern))):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _checkpoint(folder: Path, resume: bool | str) -> str:

@@ -17,7 +17,8 @@ from posttrain.config import (
     resolve,
     trainer_config_class,
 )
-from posttrain.config.values import convert, read_yaml
+from posttrain.config.values import convert, expand, read_yaml
+from posttrain.experiments import grid, schema
 from posttrain.suggest import nearest, unknown
 
 BASE = """
@@ -276,10 +277,25 @@ def test_peft_keys_build_the_named_configuration(file: Path) -> None:
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+# configs/harness holds tasks in lm-evaluation-harness's own format; a comparison alone has several objectives
+FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "harness")
+COMPARISONS = [path for path in FILES if "objectives" in yaml.safe_load(path.read_text(encoding="utf-8"))]
+RUNS = [path for path in FILES if path not in COMPARISONS]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_configuration_of_the_project_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTTRAIN_DATA", "data")
     resolve(load(path), name=path.stem)
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_every_comparison_of_the_project_has_runs_that_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_DATA", "data")
+    config = schema.load(path)
+    # seeds differ in a number alone
+    for run in (run for run in grid.expand(config) if run.seed == config.seeds[0]):
+        resolve(from_tree(expand(run.tree)), name=run.name)
 
 
 def test_the_nearest_name_is_suggested() -> None:

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, annotate, list, show, doctor."""
+"""The command line: train, evaluate, compare, diagnose, score, annotate, list, show, doctor."""
 
 from posttrain.cli.main import main
 

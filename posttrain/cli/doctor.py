@@ -114,6 +114,7 @@ _OPTIONAL = (
     _optional("bitsandbytes", "bitsandbytes", ", for quantised bases", _needs_nothing),
     _optional("vllm", "vllm", "", _needs_cuda),
     _optional("reasoning-gym", "reasoning_gym", ": pip install 'posttrain[evaluation]'", _needs_nothing),
+    _optional("lm-eval", "lm_eval", ": pip install 'posttrain[evaluation]'", _needs_nothing),
     _optional("math-verify", "math_verify", ": pip install 'posttrain[evaluation]'", _needs_nothing),
 )
 

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 after success, 2 after a mistake that one sentence on stderr explains (with POSTTRAIN_DEBUG=1, its traceback).
         Errors that are not ours propagate.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _arguments(argv)
     # trl reports which trainers are built, unless this is set before it is imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     _log_to_stderr()
@@ -40,6 +40,11 @@ def _run(arguments: argparse.Namespace) -> int:
         from posttrain.cli.train import train
 
         return train(arguments.config, arguments.overrides)
+    if arguments.command == "compare":
+        from posttrain.cli.compare import compare
+
+        only, dry = arguments.report_only, arguments.dry_run
+        return compare(arguments.config, arguments.overrides, report_only=only, dry_run=dry)
     if arguments.command == "list":
         from posttrain.cli.list_show import list_objectives
 
@@ -56,11 +61,31 @@ def _run(arguments: argparse.Namespace) -> int:
         from posttrain.cli.evaluate import evaluate
 
         evaluate(arguments.config, arguments.overrides)
+    elif arguments.command == "diagnose":
+        from posttrain.cli.diagnose import diagnose
+
+        diagnose(arguments.config, arguments.overrides)
+    elif arguments.command == "score":
+        from posttrain.cli.score import score
+
+        score(arguments.config, arguments.overrides)
     else:
         from posttrain.cli.annotate import annotate
 
         annotate(arguments.kind, arguments.config, arguments.overrides)
     return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options may stand before, between and behind the overrides, which argparse itself does not allow."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    strange = [text for text in rest if text.startswith("-") or not hasattr(arguments, "overrides")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, help in (
         ("train", "post-train a model as a YAML file says"),
         ("evaluate", "measure a model on the file's evaluation data"),
+        ("compare", "train objectives under one budget, evaluate them alike, and write a report"),
+        ("diagnose", "look at a sample of the training data with the base, and recommend an objective"),
+        ("score", "write what fine-tuning made likelier beside each row, to filter data by"),
         ("annotate", "write columns beside a data set, once"),
     ):
         command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
@@ -80,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", metavar="KEY.SUB=VALUE", nargs="*", help="overrides keys of the file; the value is YAML"
         )
+        if name == "compare":
+            command.add_argument("--dry-run", action="store_true", help="check and list the runs, run nothing")
+            command.add_argument("--report-only", action="store_true", help="write the report of what there is")
     commands.add_parser("list", help="all objectives by family")
     command = commands.add_parser("show", help="an objective's formula, inputs, hyper-parameters and an example")
     command.add_argument("name", metavar="NAME", help="an objective's name, or the dotted path of one's own")

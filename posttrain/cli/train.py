@@ -1,5 +1,6 @@
 """``posttrain train CONFIG``."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def train(path: str, overrides: Sequence[str]) -> int:
     try:
         outcome = pipeline.train(config)
     except NonFiniteLossError as error:
-        console(stderr=True).print(f"posttrain: {error}", markup=False)
+        # in one line, also where nobody looks at a window: `compare` reads it from the log
+        print(f"posttrain: {error}", file=sys.stderr)
         return 1
     if outcome.before is not None and outcome.after is not None:
         console().print(comparison_table(outcome.before, outcome.after))

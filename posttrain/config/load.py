@@ -25,6 +25,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ValueError: no such file, malformed YAML, an unknown key at any depth (the nearest known one is named), a value
             of another type, an unset environment variable, or settings that contradict each other.
     """
+    tree = read_file(path)
+    for setting in overrides:
+        override(tree, setting)
+    return from_tree(expand(tree))
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; none for an empty one.
+
+    Raises:
+        ValueError: no such file, malformed YAML, or something else than keys and values.
+    """
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"the configuration {str(path)!r} is no file here; give the path of a YAML file.")
@@ -33,14 +45,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         tree = {}
     if not isinstance(tree, dict):
         raise ValueError(f"the configuration {str(path)!r} holds {type(tree).__name__}; expected keys and values.")
-    for override in overrides:
-        _override(tree, override)
-    return from_tree(expand(tree))
+    return tree
 
 
 def from_tree(tree: Mapping[str, Any]) -> RunConfig:
     """Build and check a configuration from plain dictionaries, such as `RunConfig.to_tree` gives."""
-    config = _build(RunConfig, dict(tree), "")
+    config = build(RunConfig, dict(tree), "")
     check_method(config.method)
     config.trainer = check_trainer(config.trainer, config.method)
     if config.peft is not None:
@@ -82,23 +92,40 @@ def check_source(source: DataSource, key: str) -> None:
         raise ValueError(f"{key}.limit is {source.limit}; give a number of rows of at least 1, or null for all.")
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
-    """Set one ``key.sub=value`` in the tree, making the mappings on the way."""
-    key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise ValueError(f"the override {override!r} is not of the form key.sub=value.")
+def override(tree: dict[str, Any], setting: str) -> None:
+    """Set one ``key.sub=value`` in the tree, making the mappings on the way.
+
+    Raises:
+        ValueError: not of that form, or as in `assign`.
+    """
+    key, separator, text = setting.partition("=")
+    what = f"the override {setting!r}"
+    if not separator or not all(key.strip().split(".")):
+        raise ValueError(f"{what} is not of the form key.sub=value.")
+    assign(tree, key.strip(), read_yaml(text, f"the value of {what}"), what)
+
+
+def assign(tree: dict[str, Any], key: str, value: Any, what: str) -> None:
+    """Set one dotted key in the tree, making the mappings on the way.
+
+    Args:
+        what: what sets it, for messages.
+
+    Raises:
+        ValueError: a list has no such entry, or a key stands under something that has none.
+    """
+    parts = key.split(".")
     node: Any = tree
     for depth, part in enumerate(parts):
         done, last = ".".join(parts[:depth]), depth == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ValueError(f"the override {override!r}: {done} is a list of {len(node)}, and has no {part!r}.")
+                raise ValueError(f"{what}: {done} is a list of {len(node)}, and has no {part!r}.")
             index: Any = int(part)
         else:
             index = part
         if last:
-            node[index] = read_yaml(text, f"the value of the override {override!r}")
+            node[index] = value
             return
         child = node[index] if isinstance(node, list) else node.get(index)
         if part == "objective" and depth == 0 and isinstance(child, str):
@@ -106,12 +133,12 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = {}
         if not isinstance(child, dict | list):
-            raise ValueError(f"the override {override!r}: {join(done, part)} is {child!r}, which has no keys.")
+            raise ValueError(f"{what}: {join(done, part)} is {child!r}, which has no keys.")
         node[index] = child
         node = child
 
 
-def _build(cls: type[Config], tree: Any, key: str) -> Config:
+def build(cls: type[Config], tree: Any, key: str) -> Config:
     """A configuration dataclass from a mapping, checking every key and plain value."""
     if not isinstance(tree, Mapping):
         raise ValueError(f"{key} is {tree!r}; expected keys and values.")
@@ -134,11 +161,11 @@ def _value(value: Any, annotation: Any, key: str) -> Any:
     options = get_args(annotation) if get_origin(annotation) in (Union, type(int | str)) else (annotation,)
     for option in options:
         if value is not None and isinstance(option, type) and dataclasses.is_dataclass(option):
-            return _build(option, value, key)
+            return build(option, value, key)
         inner = get_args(option)
         if get_origin(option) is list and isinstance(value, list) and dataclasses.is_dataclass(inner[0]):
             entry_type: Any = inner[0]
-            return [_build(entry_type, entry, join(key, index)) for index, entry in enumerate(value)]
+            return [build(entry_type, entry, join(key, index)) for index, entry in enumerate(value)]
     if value is None and type(None) not in options and dataclasses.is_dataclass(annotation):
         return annotation()  # type: ignore[operator]
     return convert(value, annotation, key)

@@ -127,6 +127,27 @@ class KernelConfig:
 
 
 @dataclass(kw_only=True)
+class HarnessConfig:
+    """``evaluation.harness:``: tasks of lm-evaluation-harness, beside ``evaluation.data``.
+
+    Args:
+        tasks: names of its tasks, groups or tags, or of those in ``include_path``.
+        include_path: folder of task YAMLs of one's own.
+        limit: at most this many items of each task; below 1 a share.
+        num_fewshot: examples in the prompt; None takes the task's own number.
+        apply_chat_template: write prompts by the tokenizer's chat template.
+        confirm_run_unsafe_code: allow tasks that run the code a model writes.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    limit: float | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    confirm_run_unsafe_code: bool = False
+
+
+@dataclass(kw_only=True)
 class EvaluationConfig:
     """``evaluation:``: settings of `posttrain.evaluation.evaluate`, which the main process runs alone.
 
@@ -134,10 +155,15 @@ class EvaluationConfig:
 
     Args:
         data: None takes ``data.eval``.
+        harness: tasks of lm-evaluation-harness; ``metrics``, ``samples`` and what else concerns sampling is not theirs.
+        backend: what samples: ``transformers``, or ``vllm`` (where installed) under ``posttrain evaluate``.
         before: ``train`` evaluates the base as well, for the before/after table.
+        every: ``train`` also evaluates after every so many optimizer steps, into ``evaluation_step_N.json``.
     """
 
     data: list[EvaluationSource] | None = None
+    harness: HarnessConfig | None = None
+    backend: str = "transformers"
     metrics: list[str] = field(default_factory=lambda: ["generation", "likelihood"])
     samples: int = 8
     k: list[int] = field(default_factory=lambda: [1, 8])
@@ -150,6 +176,7 @@ class EvaluationConfig:
     resamples: int = 2000
     level: float = 0.95
     before: bool = True
+    every: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -165,6 +192,38 @@ class AnnotationConfig:
     output: str | None = None
     k: int = 5
     batch_size: int = 8
+
+
+@dataclass(kw_only=True)
+class ScoringConfig:
+    """``scoring:``: what ``posttrain score`` compares ``model`` with, and where it writes.
+
+    Args:
+        finetuned: None takes the model in ``trainer.output_dir``.
+        output: .jsonl or .parquet file to write.
+        batch_size: rows per forward.
+    """
+
+    finetuned: ModelConfig | None = None
+    output: str | None = None
+    batch_size: int = 8
+
+
+@dataclass(kw_only=True)
+class DiagnosisConfig:
+    """``diagnosis:``: the sample that ``posttrain diagnose`` looks at; it writes into ``trainer.output_dir``.
+
+    Args:
+        rows: of the training data, drawn with ``seed``; a stream gives its first.
+        batch_size: rows of a micro-batch; None takes ``trainer.per_device_train_batch_size``.
+        seed: of the draw.
+        costs: time a few tiles of the head, to predict memory and time of a step.
+    """
+
+    rows: int = 256
+    batch_size: int | None = None
+    seed: int = 0
+    costs: bool = True
 
 
 @dataclass(kw_only=True)
@@ -194,6 +253,8 @@ class RunConfig:
     reference: str = "auto"
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     annotation: AnnotationConfig = field(default_factory=AnnotationConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
     resume: bool | str = False
     overwrite: bool = False
 

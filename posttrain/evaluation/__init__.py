@@ -2,6 +2,7 @@
 
 from posttrain.evaluation.bootstrap import Estimate, Statistic, estimate, mean, paired_difference, ratio
 from posttrain.evaluation.generation import Sampling, generate
+from posttrain.evaluation.harness import HarnessTask
 from posttrain.evaluation.likelihood import Likelihood, likelihood
 from posttrain.evaluation.passk import maj_at_k, pass_at_k
 from posttrain.evaluation.plots import plot_pass_at_k
@@ -10,6 +11,7 @@ from posttrain.evaluation.suite import Source, evaluate
 
 __all__ = [
     "Estimate",
+    "HarnessTask",
     "Likelihood",
     "Report",
     "Sampling",

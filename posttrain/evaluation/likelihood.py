@@ -1,6 +1,7 @@
 """Held-out likelihood of completions: NLL, perplexity, target probability, accuracy, entropy and calibration."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.utils import logging
 from posttrain.evaluation import bootstrap, calibration
 from posttrain.evaluation.inference import CausalLM, evaluation_mode, max_positions
 from posttrain.evaluation.rows import Row, is_scorable, require, scored_ids
+from posttrain.modeling import StatisticsGroup, VocabRequest, attach, detach, head_difference, is_attached
 
 logger = logging.get_logger(__name__)
 
@@ -22,6 +24,9 @@ Array = npt.NDArray[Any]
 
 # Logit rows are turned into float32 in blocks of this many elements (64 MB).
 _BLOCK_ELEMENTS = 2**24
+_PROBE_TOKENS = 64
+
+PROBABILITY_BINS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +45,11 @@ class Batch:
     targets: Int[Tensor, " tokens"]
 
 
+TokenStatistics = Callable[[CausalLM, Batch], dict[str, Tensor]]
+
+
 def token_statistics(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
-    """Statistics of the next-token distribution at every scored position.
+    """Statistics of the next-token distribution at every scored position, from the model's own logits.
 
     Returns:
         (tokens,) each: ``logp`` of the target and ``max_logp`` of the most probable token in nats, ``entropy`` in nats,
@@ -63,6 +71,49 @@ def token_statistics(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in blocks.items()}
 
 
+def streamed_token_statistics(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
+    """`token_statistics` of an attached model, without ever holding tokens x vocabulary logits."""
+    group = StatisticsGroup(("logp", "logsumexp", "max_logit", "entropy", "is_top1"))
+    request = VocabRequest(batch.target_index, batch.targets, (group,))
+    found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, vocab_request=request).statistics[0]
+    return {
+        "logp": found["logp"],
+        "max_logp": found["max_logit"] - found["logsumexp"],
+        "entropy": found["entropy"],
+        "is_top1": found["is_top1"] > 0,
+    }
+
+
+@contextmanager
+def fastest_token_statistics(model: CausalLM, probe: Sequence[int]) -> Iterator[TokenStatistics]:
+    """The streamed statistics where they give the model's own log-probabilities on ``probe``, else the dense ones.
+
+    A model that was not attached before is detached again.
+
+    Args:
+        model: plain, or wrapped by PEFT.
+        probe: token ids, of which at most `_PROBE_TOKENS` are compared.
+    """
+    ids = torch.tensor([list(probe[:_PROBE_TOKENS])], device=model.device)
+    with ExitStack() as undo:
+        try:
+            if not is_attached(model):
+                attach(model)
+                undo.callback(detach, model)
+            difference, accepted, _ = head_difference(model, ids)
+        except (TypeError, ValueError) as error:
+            logger.info(f"Likelihood is computed from whole logits: {error}")
+            chosen = token_statistics
+        else:
+            chosen = streamed_token_statistics if difference <= accepted else token_statistics
+            if chosen is token_statistics:
+                logger.warning(
+                    f"Likelihood is computed from whole logits: those of {type(model).__name__} differ from its hidden "
+                    f"states times its head by {difference:.3g} nats."
+                )
+        yield chosen
+
+
 @dataclass(frozen=True, eq=False)
 class Likelihood:
     """Sums over the scored tokens of each item, and what could not be scored.
@@ -73,6 +124,7 @@ class Likelihood:
         nll: (items,) nats, summed over the item's tokens.
         target_probability, correct, entropy: (items,) summed over tokens; entropy in nats.
         bins: (items, bins, 3) as from `calibration.bin_sums`.
+        histogram: (`PROBABILITY_BINS`,) scored tokens by the probability of the target, in equal bins over [0, 1].
         truncated: rows cut at ``max_length``.
         skipped: row numbers without a scored token, such as a completion truncated to nothing.
     """
@@ -84,6 +136,7 @@ class Likelihood:
     correct: Array
     entropy: Array
     bins: Array
+    histogram: Array
     truncated: int
     skipped: list[int]
 
@@ -127,21 +180,28 @@ def token_scores(
         `token_statistics` as numpy arrays.
     """
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index][0]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        width = len(sequences[chosen[0]][0])
-        ids = np.zeros((len(chosen), width), dtype=np.int64)
-        mask, scored = np.zeros_like(ids), np.zeros_like(ids, dtype=bool)
-        for row, index in enumerate(chosen):
-            tokens, flags = sequences[index]
-            ids[row, : len(tokens)], mask[row, : len(tokens)], scored[row, : len(tokens)] = tokens, 1, flags
-        row_index, column = scored[:, 1:].nonzero()
-        arrays = (ids, mask, row_index * width + column, ids[row_index, column + 1])
-        with evaluation_mode(model):
-            statistics = token_statistics(model, Batch(*(torch.from_numpy(a).to(model.device) for a in arrays)))
-        yield np.array(chosen), row_index, {name: value.cpu().numpy() for name, value in statistics.items()}
-        if progress is not None:
-            progress(len(chosen))
+    if not order:
+        return
+    with fastest_token_statistics(model, sequences[order[-1]][0]) as statistics_of:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch, owner = _collate([sequences[index] for index in chosen], model.device)
+            with evaluation_mode(model):
+                statistics = statistics_of(model, batch)
+            yield np.array(chosen), owner, {name: value.cpu().numpy() for name, value in statistics.items()}
+            if progress is not None:
+                progress(len(chosen))
+
+
+def _collate(sequences: Sequence[tuple[list[int], list[bool]]], device: torch.device) -> tuple[Batch, Array]:
+    """Sequences, longest first, as a batch, and which of them each scored token belongs to."""
+    ids = np.zeros((len(sequences), len(sequences[0][0])), dtype=np.int64)
+    mask, scored = np.zeros_like(ids), np.zeros_like(ids, dtype=bool)
+    for row, (tokens, flags) in enumerate(sequences):
+        ids[row, : len(tokens)], mask[row, : len(tokens)], scored[row, : len(tokens)] = tokens, 1, flags
+    row_index, column = scored[:, 1:].nonzero()
+    arrays = (ids, mask, row_index * ids.shape[1] + column, ids[row_index, column + 1])
+    return Batch(*(torch.from_numpy(array).to(device) for array in arrays)), row_index
 
 
 def likelihood(
@@ -203,6 +263,7 @@ def _sum_tokens(
     """Add per-token statistics up per item, in float64."""
     sums = {name: np.zeros(len(rows)) for name in ("tokens", "nll", "target_probability", "correct", "entropy")}
     sums["bins"] = np.zeros((len(rows), bins, 3))
+    sums["histogram"] = np.zeros(PROBABILITY_BINS, dtype=np.int64)
     for members, owner, token in scores:
         broken = ~np.isfinite(token["logp"])
         if broken.any():
@@ -218,6 +279,9 @@ def _sum_tokens(
         }
         for name, value in values.items():
             sums[name][members] = np.bincount(owner, value, minlength=len(members))
+        # rounding may carry a probability past 1, where a histogram would not count it
+        probability = np.minimum(values["target_probability"], 1.0)
+        sums["histogram"] += np.histogram(probability, PROBABILITY_BINS, range=(0.0, 1.0))[0]
         confidence = np.exp(token["max_logp"].astype(np.float64))
         sums["bins"][members] = calibration.bin_sums(
             confidence, token["is_top1"], owner, groups=len(members), bins=bins

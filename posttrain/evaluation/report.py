@@ -9,18 +9,19 @@ import numpy.typing as npt
 from rich.table import Table
 
 from posttrain.evaluation.bootstrap import Estimate, Statistic, paired_difference
+from posttrain.metric_direction import LOWER_IS_BETTER, NO_DIRECTION
 
 Array = npt.NDArray[Any]
-
-_LOWER_IS_BETTER = frozenset({"nll", "perplexity", "expected_calibration_error"})
-_NO_DIRECTION = frozenset({"entropy"})
 
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """One metric on one source: its items' terms, the rows they belong to (ascending), and the bootstrapped value."""
+    """One metric on one source: its items' terms, the rows they belong to (ascending), and the bootstrapped value.
 
-    statistic: Statistic
+    A metric of the whole corpus that is no function of sums over items, such as BLEU, has no statistic.
+    """
+
+    statistic: Statistic | None
     index: Array
     estimate: Estimate
 
@@ -39,6 +40,8 @@ class SourceReport:
         items: per row, its texts and per-item numbers.
         correct: (rows, samples) booleans, None without generation.
         reliability: see `calibration.reliability_table`; empty without likelihood.
+        probability_histogram: scored tokens by the probability of the target, in equal bins over [0, 1]; empty without
+            likelihood.
     """
 
     rows: int
@@ -50,6 +53,7 @@ class SourceReport:
     items: list[dict[str, Any]]
     correct: Array | None
     reliability: list[dict[str, float | int | None]]
+    probability_histogram: list[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +98,7 @@ class Comparison:
 
 
 def compare(before: Report, after: Report) -> dict[str, dict[str, Comparison]]:
-    """Source -> metric -> comparison, for everything that both reports measured; resampling settings are after's.
+    """Source -> metric -> comparison, for all that both reports measured by item; resampling settings are after's.
 
     Raises:
         ValueError: the reports share no source, or a source's rows differ between them.
@@ -111,6 +115,8 @@ def compare(before: Report, after: Report) -> dict[str, dict[str, Comparison]]:
         result[name] = {}
         for metric in (metric for metric in old.measures if metric in new.measures):
             one, two = old.measures[metric], new.measures[metric]
+            if one.statistic is None or two.statistic is None:
+                continue
             _, left, right = np.intersect1d(one.index, two.index, return_indices=True)
             if len(left):
                 pair = one.statistic.take(left), two.statistic.take(right)
@@ -142,9 +148,9 @@ def comparison_table(before: Report, after: Report, title: str = "Before and aft
 
 
 def _style(metric: str, difference: Estimate) -> str:
-    if difference.low <= 0 <= difference.high or metric in _NO_DIRECTION:
+    if difference.low <= 0 <= difference.high or metric in NO_DIRECTION:
         return ""
-    return "green" if (difference.value < 0) == (metric in _LOWER_IS_BETTER) else "red"
+    return "green" if (difference.value < 0) == (metric in LOWER_IS_BETTER) else "red"
 
 
 def _source_dict(source: SourceReport) -> dict[str, Any]:
@@ -156,6 +162,7 @@ def _source_dict(source: SourceReport) -> dict[str, Any]:
         "counts": source.counts,
         "not_measured": source.not_measured,
         "reliability": source.reliability,
+        "probability_histogram": source.probability_histogram,
     }
 
 

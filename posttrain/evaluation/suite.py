@@ -12,8 +12,9 @@ import numpy as np
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from posttrain.evaluation import bootstrap, verifiers
+from posttrain.evaluation import bootstrap, verifiers, vllm
 from posttrain.evaluation.generation import Sampling, complete
+from posttrain.evaluation.harness import HarnessTask, run
 from posttrain.evaluation.inference import CausalLM
 from posttrain.evaluation.likelihood import Likelihood, likelihood
 from posttrain.evaluation.passk import maj_at_k, pass_at_k
@@ -25,6 +26,8 @@ _ACCEPTS = {
     "generation": (is_verifiable, "a prompt with answer or completion, or messages that end with the assistant"),
     "likelihood": (is_scorable, "prompt with completion, messages, or text"),
 }
+
+_BACKENDS = ("transformers", "vllm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +56,8 @@ class _Plan:
     resamples: int
     level: float
     progress: bool
+    backend: str
+    checkpoint: str | None
 
     def __post_init__(self) -> None:
         for metric in self.metrics:
@@ -64,6 +69,15 @@ class _Plan:
             raise ValueError(
                 f"resamples must be positive and level within (0, 1), found {self.resamples} and {self.level}."
             )
+        if self.backend not in _BACKENDS:
+            raise ValueError(unknown("backend", self.backend, _BACKENDS))
+        if self.backend == "vllm":
+            vllm.require()
+            if self.checkpoint is None:
+                raise ValueError(
+                    "backend is 'vllm', which loads a saved model of its own; set it for `posttrain evaluate`, and "
+                    "transformers for training."
+                )
         samples = self.sampling.samples
         if "generation" in self.metrics and not (self.k and min(self.k) > 0 and max(self.k) <= samples):
             raise ValueError(f"k must lie between 1 and samples={samples}, found {list(self.k)}; raise samples.")
@@ -84,6 +98,7 @@ class _Findings:
     verifier: str | None = None
     correct: Any = None
     reliability: list[dict[str, float | int | None]] = field(default_factory=list)
+    probability_histogram: list[int] = field(default_factory=list)
 
 
 Advance = Callable[[int], None] | None
@@ -92,7 +107,7 @@ Advance = Callable[[int], None] | None
 def evaluate(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    sources: Mapping[str, Source | Iterable[Row]],
+    sources: Mapping[str, Source | HarnessTask | Iterable[Row]],
     *,
     metrics: Sequence[str] = ("generation", "likelihood"),
     samples: int = 8,
@@ -105,6 +120,8 @@ def evaluate(
     max_length: int | None = None,
     resamples: int = 2000,
     level: float = 0.95,
+    backend: str = "transformers",
+    checkpoint: str | None = None,
     progress: bool = False,
 ) -> Report:
     """Measure a model on every source; a source that allows only one kind of metric is measured in that one.
@@ -115,26 +132,35 @@ def evaluate(
 
     Args:
         model, tokenizer: any Hugging Face causal language model, plain or PEFT; both come back as they were.
-        sources: name -> `Source`, or its rows alone.
+        sources: name -> `Source`, or its rows alone, or a task of lm-evaluation-harness from `harness.load`, which has
+            metrics and sampling of its own.
         metrics: `generation`, `likelihood` or both.
         samples, temperature, top_p, max_new_tokens, batch_size, seed: see `generation.Sampling`.
         k: of pass@k and maj@k, each at most `samples`.
         max_length: longest row whose likelihood is measured, in tokens; None takes the model's positions.
         resamples, level: of the bootstrap intervals, seeded with `seed`.
+        backend: what samples: `transformers`, or `vllm` where it is installed.
+        checkpoint: the model's folder or hub name, which `vllm` loads.
         progress: show progress bars.
 
     Raises:
         ValueError: a setting out of range; a source without rows, or whose rows allow none of the metrics; as in
             `generation.generate` and `likelihood.likelihood`.
-        ImportError: a verifier's package is not installed.
+        ImportError: a verifier's package, or vllm where it is the backend, is not installed.
     """
     sampling = Sampling(samples, temperature, top_p, max_new_tokens, batch_size, seed)
-    plan = _Plan(tuple(metrics), sampling, tuple(sorted(set(k))), max_length, resamples, level, progress)
-    results = {
-        name: _evaluate_source(model, tokenizer, name, source if isinstance(source, Source) else Source(source), plan)
-        for name, source in sources.items()
-    }
+    sizes = tuple(sorted(set(k)))
+    plan = _Plan(tuple(metrics), sampling, sizes, max_length, resamples, level, progress, backend, checkpoint)
+    results: dict[str, SourceReport] = {}
+    for name, source in sources.items():
+        if isinstance(source, HarnessTask):
+            options = {"batch_size": batch_size, "resamples": resamples, "level": level, "seed": seed}
+            results[name] = run(model, tokenizer, source, **options)  # type: ignore[arg-type]
+        else:
+            rows = source if isinstance(source, Source) else Source(source)
+            results[name] = _evaluate_source(model, tokenizer, name, rows, plan)
     settings = {"metrics": list(metrics), **asdict(sampling), "k": list(plan.k), "max_length": max_length}
+    settings["backend"] = backend
     return Report({**settings, "resamples": resamples, "level": level}, results)
 
 
@@ -166,6 +192,7 @@ def _evaluate_source(
         items=found.items,
         correct=found.correct,
         reliability=found.reliability,
+        probability_histogram=found.probability_histogram,
     )
 
 
@@ -202,7 +229,10 @@ def _generation(
     """Sample, judge, and note pass@k and maj@k."""
     with verifiers.resolve(source.verifier, rows, source.task) as verifier:
         prompts = [prompt_ids(tokenizer, prompt, row) for row in rows if (prompt := prompt_of(row)) is not None]
-        completions = complete(model, tokenizer, prompts, plan.sampling, progress=advance)
+        if plan.backend == "vllm" and plan.checkpoint is not None:
+            completions = vllm.complete(plan.checkpoint, tokenizer, prompts, plan.sampling)
+        else:
+            completions = complete(model, tokenizer, prompts, plan.sampling, progress=advance)
         verdicts = [[verifier(text, row) for text in texts] for row, texts in zip(rows, completions.texts, strict=True)]
         found.counts["unjudged_completions"] = verifier.unjudged
         found.verifier = verifier.name
@@ -212,13 +242,12 @@ def _generation(
     correct = np.array([[verdict.correct for verdict in one] for one in verdicts])
     found.correct = correct
     index = np.arange(len(rows))
-    for size in plan.k:
-        found.measures[f"pass@{size}"] = bootstrap.mean(pass_at_k(correct, size)), index
-    for size in plan.k:
-        if size > 1:
-            found.measures[f"maj@{size}"] = bootstrap.mean(maj_at_k(answers, correct, size)), index
-    for item, texts, given, flags in zip(found.items, completions.texts, answers, correct.tolist(), strict=True):
-        item.update(completions=texts, answers=given, correct=flags)
+    values = {f"pass@{size}": pass_at_k(correct, size) for size in plan.k}
+    values |= {f"maj@{size}": maj_at_k(answers, correct, size) for size in plan.k if size > 1}
+    found.measures.update({name: (bootstrap.mean(one), index) for name, one in values.items()})
+    for row, (item, texts) in enumerate(zip(found.items, completions.texts, strict=True)):
+        item.update(completions=texts, answers=answers[row], correct=correct[row].tolist())
+        item.update({name: float(one[row]) for name, one in values.items()})
 
 
 def _likelihood(scored: Likelihood, found: _Findings) -> None:
@@ -227,6 +256,7 @@ def _likelihood(scored: Likelihood, found: _Findings) -> None:
     found.counts["truncated_rows"] = scored.truncated
     found.counts["skipped_rows"] = len(scored.skipped)
     found.reliability = scored.reliability()
+    found.probability_histogram = scored.histogram.tolist()
     for place, row in enumerate(scored.index):
         tokens = int(scored.tokens[place])
         found.items[row].update(

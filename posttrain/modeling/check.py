@@ -60,6 +60,33 @@ def check_head(
     base = causal_lm(model)
     if not is_attached(model):
         raise ValueError(f"{type(base).__name__} does not answer vocab_request yet; call attach(model) first.")
+    with torch.no_grad(), perturbed_adapters(model, base.get_output_embeddings()):
+        difference, accepted, dtype = head_difference(
+            model, input_ids, attention_mask, tolerance=tolerance, backend=backend
+        )
+    if _on_any_rank(not difference <= accepted, input_ids.device):
+        raise RuntimeError(_explanation(base, difference, accepted, dtype))
+    return difference
+
+
+@torch.no_grad()
+def head_difference(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch length"],
+    attention_mask: Int[Tensor, "batch length"] | None = None,
+    *,
+    tolerance: float | None = None,
+    backend: str = "auto",
+) -> tuple[float, float, torch.dtype]:
+    """What `check_head` judges, on this rank alone and with the adapters as they are.
+
+    Returns:
+        The largest difference of log-probabilities found and the largest accepted, in nats, and the coarsest dtype that
+        the logits pass through.
+
+    Raises:
+        ValueError: the head is of a kind that cannot be read, or the model adds positions.
+    """
     index, targets = _positions(input_ids, attention_mask)
     inputs = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
     dtypes: list[torch.dtype] = []
@@ -71,7 +98,7 @@ def check_head(
         return {"rows": rows, "logp": answer["logp"]}
 
     request = VocabRequest(index, targets, compute=dense_and_kernel)
-    with torch.no_grad(), _evaluating(model), perturbed_adapters(model, base.get_output_embeddings()):
+    with _evaluating(model):
         logits = model(**inputs, use_cache=False).logits
         ours = model(**inputs, vocab_request=request).statistics[0]
     if logits.shape[:2] != input_ids.shape:
@@ -82,10 +109,7 @@ def check_head(
     own = logits.flatten(0, 1).index_select(0, index.to(logits.device))
     difference, largest = _compare(own, ours, targets)
     dtype = _coarser(dtypes[0], logits.dtype)
-    accepted = _relative(dtype, tolerance) * largest + _FLOOR.get(dtype, _DEFAULT_FLOOR)
-    if _on_any_rank(not difference <= accepted, logits.device):
-        raise RuntimeError(_explanation(base, difference, accepted, dtype))
-    return difference
+    return difference, _relative(dtype, tolerance) * largest + _FLOOR.get(dtype, _DEFAULT_FLOOR), dtype
 
 
 def _positions(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,10 @@ class ObjectiveMixin(Host):
         self._clock, self._clock_tokens = time.perf_counter(), 0
         return super().train(*args, **kwargs)
 
+    def exclude_from_clock(self, seconds: float) -> None:
+        """Keep time spent on something else out of the tokens per second."""
+        self._clock += seconds
+
     def _send_telemetry(self) -> None:
         """Nothing is reported to anyone."""
 
@@ -272,7 +276,7 @@ class ObjectiveMixin(Host):
             loss += self.router_aux_loss_coef * metrics["aux_loss"]
         prefix = kwargs.get("metric_key_prefix", "eval")
         found = {f"{prefix}_{name}": value for name, value in {"loss": loss, **metrics}.items()}
-        self._clock += time.perf_counter() - started
+        self.exclude_from_clock(time.perf_counter() - started)
         return output._replace(metrics={**(output.metrics or {}), **found})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

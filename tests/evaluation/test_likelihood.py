@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.evaluation.likelihood import likelihood
+from posttrain.evaluation.likelihood import (
+    fastest_token_statistics,
+    likelihood,
+    streamed_token_statistics,
+    token_statistics,
+)
+from posttrain.modeling import is_attached
 from tests import tiny
 
 ROWS = [
@@ -56,10 +62,78 @@ def test_batches_agree_with_one_sequence_at_a_time(exact_model, tokenizer, batch
     assert values["entropy"] == pytest.approx(entropy.sum() / tokens.sum())
 
 
-def test_blocks_of_logit_rows_change_nothing(exact_model, tokenizer, monkeypatch):
-    whole = likelihood(exact_model, tokenizer, ROWS)
+def only_whole_logits(monkeypatch):
     # import_module, because the package's own attribute of this name is the function
-    monkeypatch.setattr(import_module("posttrain.evaluation.likelihood"), "_BLOCK_ELEMENTS", 1)
+    module = import_module("posttrain.evaluation.likelihood")
+
+    def refuse(model):
+        raise ValueError("refused")
+
+    monkeypatch.setattr(module, "attach", refuse)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_streamed_statistics_are_those_of_the_logits(tokenizer, monkeypatch, dtype):
+    model = tiny.model(dtype=dtype).eval()
+    streamed = likelihood(model, tokenizer, ROWS, batch_size=3)
+    only_whole_logits(monkeypatch)
+    dense = likelihood(model, tokenizer, ROWS, batch_size=3)
+    # bfloat16 logits are rounded by the model itself, the kernel's are not
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    for name in ("nll", "target_probability", "entropy"):
+        np.testing.assert_allclose(getattr(streamed, name), getattr(dense, name), rtol=tolerance, err_msg=name)
+    if dtype != torch.bfloat16:
+        np.testing.assert_array_equal(streamed.correct, dense.correct)
+        np.testing.assert_allclose(streamed.bins, dense.bins, rtol=tolerance)
+
+
+def test_the_models_logits_are_formed_for_the_probe_alone(exact_model, tokenizer, monkeypatch):
+    sizes = []
+    forward = exact_model.forward
+
+    def watched(*args, **kwargs):
+        answer = forward(*args, **kwargs)
+        sizes.append(answer.logits.shape[:2].numel())
+        return answer
+
+    monkeypatch.setattr(exact_model, "forward", watched)
+    likelihood(exact_model, tokenizer, ROWS, batch_size=4)
+    assert sizes == [4]  # the shortest row
+    assert not is_attached(exact_model)
+
+
+def test_a_model_whose_logits_are_not_hidden_times_head_is_measured_by_its_logits(tokenizer, monkeypatch):
+    model = tiny.model(dtype=torch.float64).eval()
+    forward = model.forward
+
+    def sharpened(*args, **kwargs):
+        answer = forward(*args, **kwargs)
+        answer.logits = answer.logits * 1.01
+        return answer
+
+    monkeypatch.setattr(model, "forward", sharpened)
+    with fastest_token_statistics(model, [5, 6, 7]) as chosen:
+        assert chosen is token_statistics
+    found = likelihood(model, tokenizer, ROWS)
+    only_whole_logits(monkeypatch)
+    np.testing.assert_array_equal(found.nll, likelihood(model, tokenizer, ROWS).nll)
+
+
+def test_an_attached_model_stays_attached(exact_model):
+    from posttrain.modeling import attach, detach
+
+    attach(exact_model)
+    with fastest_token_statistics(exact_model, [5, 6, 7]) as chosen:
+        assert chosen is streamed_token_statistics
+    assert is_attached(exact_model)
+    detach(exact_model)
+
+
+def test_blocks_of_logit_rows_change_nothing(exact_model, tokenizer, monkeypatch):
+    module = only_whole_logits(monkeypatch)
+    whole = likelihood(exact_model, tokenizer, ROWS)
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 1)
     np.testing.assert_array_equal(likelihood(exact_model, tokenizer, ROWS).nll, whole.nll)
 
 

@@ -1,0 +1,1 @@
+"""Comparisons: a grid of runs from one YAML, their statistics and a report."""

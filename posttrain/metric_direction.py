@@ -1,0 +1,31 @@
+"""Which way a metric gets better; without imports, because commands that load no model ask too."""
+
+LOWER_IS_BETTER = frozenset(
+    {
+        "nll",
+        "perplexity",
+        "expected_calibration_error",
+        # of lm-evaluation-harness
+        "word_perplexity",
+        "byte_perplexity",
+        "bits_per_byte",
+        "brier_score",
+    }
+)
+# Neither way: a model may be too sure or too unsure.
+NO_DIRECTION = frozenset({"entropy"})
+
+
+def direction(metric: str) -> int:
+    """1 where more is better, -1 where less is, 0 where neither is.
+
+    On a source to be forgotten knowing less is wanted, but not without bound: only metrics made for forgetting, with
+    ``forget`` in their own name, have a direction there.
+
+    Args:
+        metric: its name, with or without its source in front (``reverse_word/nll``).
+    """
+    source, _, name = metric.rpartition("/")
+    if name in NO_DIRECTION or ("forget" in source and "forget" not in name):
+        return 0
+    return -1 if name in LOWER_IS_BETTER else 1
