@@ -22,7 +22,7 @@ ORDER = (
     ("dense", "#4d4d4d"), ("torch.compile", "#8c8c8c"), ("linear_cross_entropy", "#9ecae1"),
     ("linear_cross_entropy_mean", "#6baed6"), ("trl", "#2171b5"), ("liger", "#74c476"), ("cce", "#238b45"),
     ("cce_exact", "#00441b"), ("posttrain one pass (streamed)", "#d7301f"),
-    ("posttrain budget 0 (streamed)", "#fc8d59"),
+    ("posttrain one pass, 160 MB (streamed)", "#99000d"), ("posttrain budget 0 (streamed)", "#fc8d59"),
     ("posttrain budget auto (streamed)", "#fdbb84"), ("posttrain one pass (triton)", "#7a0177"),
     ("posttrain budget 0 (triton)", "#c51b8a"), ("posttrain budget auto (triton)", "#f768a1"),
 )  # fmt: skip

@@ -150,9 +150,12 @@ def check_head(hidden: Tensor, head: LMHead, temperature: float, owner: str = ""
             )
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise ValueError(f"{owner}{name} must be floating point, found {tensor.dtype}")
+            raise ValueError(f"{owner}{name} must be floating point, found {tensor.dtype} of {tuple(tensor.shape)}")
         if tensor.device != hidden.device:
-            raise ValueError(f"{owner}{name} is on {tensor.device} but hidden on {hidden.device}; move them together")
+            raise ValueError(
+                f"{owner}{name} {tuple(tensor.shape)} is on {tensor.device} but hidden {tuple(hidden.shape)} on "
+                f"{hidden.device}; move them together"
+            )
     if not (isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be positive and finite, found {temperature}")
     if head.softcap is not None and not head.softcap > 0:
@@ -170,17 +173,19 @@ def _check_names(wanted: Iterable[str]) -> tuple[str, ...]:
 
 
 def _check_ids(name: str, ids: Tensor, vocab: int, device: torch.device) -> Tensor:
-    """The ids as int64. Their range is checked on a CPU only; elsewhere a wrong id gives nan."""
+    """The ids as int64. Out of range, they raise on a CPU and fail an assertion on the device, later, elsewhere."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, found {ids.dtype}")
+        raise ValueError(f"{name} must be integers, found {ids.dtype} of {tuple(ids.shape)}")
     if ids.device != device:
-        raise ValueError(f"{name} is on {ids.device} but hidden on {device}; move them together")
+        raise ValueError(f"{name} {tuple(ids.shape)} is on {ids.device} but hidden on {device}; move them together")
     if ids.device.type == "cpu" and ids.numel() > 0:
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= vocab:
             raise ValueError(
                 f"{name} must lie in [0, {vocab}), found values from {low} to {high}; drop ignored positions before"
             )
+    elif ids.device.type == "cuda" and ids.numel() > 0:
+        torch._assert_async(((ids >= 0) & (ids < vocab)).all(), f"{name} must lie in [0, {vocab})")
     return ids.long()
 
 
@@ -198,7 +203,10 @@ def _check_teacher(
             f"{teacher_hidden.shape[0]} and {teacher_head.vocab}"
         )
     if teacher_hidden.device != hidden.device:
-        raise ValueError(f"the teacher is on {teacher_hidden.device} but hidden on {hidden.device}; move them together")
+        raise ValueError(
+            f"the teacher {tuple(teacher_hidden.shape)} is on {teacher_hidden.device} but hidden {tuple(hidden.shape)} "
+            f"on {hidden.device}; move them together"
+        )
     if "jsd" in names and not 0.0 <= jsd_beta <= 1.0:
         raise ValueError(f"jsd_beta must lie in [0, 1], found {jsd_beta}")
 

@@ -55,7 +55,7 @@ def vocab_statistics(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a name is unknown, an option is missing or not available, or
-            (on a CPU; elsewhere the result is nan) an id lies outside the vocabulary.
+            (on a CPU; on CUDA an assertion fails on the device) an id lies outside the vocabulary.
     """
     query = check_query(
         hidden,

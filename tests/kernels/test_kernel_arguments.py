@@ -37,19 +37,22 @@ REFUSED = {
     ),
     "adapter device": (
         lambda: {"head": LMHead(WEIGHT, low_rank=(torch.ones(4, 2), torch.ones(6, 2, device="meta")))},
-        r"head.low_rank\[1\] is on meta but hidden on cpu; move them together",
+        r"head.low_rank\[1\] \(6, 2\) is on meta but hidden \(4, 3\) on cpu; move them together",
     ),
     "bias device": (
         lambda: {"head": LMHead(WEIGHT, torch.zeros(6, device="meta"))},
-        "head.bias is on meta but hidden on cpu",
+        r"head.bias \(6,\) is on meta but hidden \(4, 3\) on cpu",
     ),
     "softcap": (lambda: {"head": LMHead(WEIGHT, softcap=0.0)}, "softcap must be positive or None, found 0.0"),
-    "weight device": (lambda: {"head": LMHead(WEIGHT.to("meta"))}, "head.weight is on meta but hidden on cpu"),
+    "weight device": (
+        lambda: {"head": LMHead(WEIGHT.to("meta"))},
+        r"head.weight \(6, 3\) is on meta but hidden \(4, 3\) on cpu",
+    ),
     "temperature": (lambda: {"temperature": 0.0}, "temperature must be positive and finite, found 0.0"),
     "targets rank": (lambda: {"targets": TARGETS[:, None]}, r"targets must be \(tokens,\) = \(4,\), found \(4, 1\)"),
     "targets length": (lambda: {"targets": TARGETS[:3]}, r"= \(4,\), found \(3,\)"),
     "targets dtype": (lambda: {"targets": TARGETS.float()}, "targets must be integers, found torch.float32"),
-    "targets device": (lambda: {"targets": TARGETS.to("meta")}, "targets is on meta but hidden on cpu"),
+    "targets device": (lambda: {"targets": TARGETS.to("meta")}, r"targets \(4,\) is on meta but hidden on cpu"),
     "ignored targets": (
         lambda: {"targets": torch.tensor([0, -100, 1, 2])},
         r"targets must lie in \[0, 6\), found values from -100",
@@ -78,7 +81,7 @@ REFUSED = {
     ),
     "ids device": (
         lambda: {"wanted": ("ids_logp",), "ids": TARGETS[:, None].to("meta")},
-        "ids is on meta but hidden on cpu",
+        r"ids \(4, 1\) is on meta but hidden on cpu",
     ),
     "negative ids": (
         lambda: {"wanted": ("ids_logp",), "ids": TARGETS[:, None] - 1},
@@ -105,7 +108,7 @@ REFUSED = {
     ),
     "teacher device": (
         lambda: {"wanted": ("jsd",), "teacher": (TEACHER[0].to("meta"), LMHead(TEACHER[1].weight.to("meta")))},
-        "the teacher is on meta but hidden on cpu",
+        r"the teacher \(4, \d\) is on meta but hidden \(4, 3\) on cpu",
     ),
     "teacher dtype": (
         lambda: {"wanted": ("jsd",), "teacher": (TEACHER[0].int(), TEACHER[1])},
