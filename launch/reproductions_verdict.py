@@ -253,7 +253,6 @@ def record(comparison: Comparison, claim: Claim) -> dict[str, Any]:
         "tests": tests,
         "means": means(comparison, claim),
         "failed_runs": {run.name: run.error for run in comparison.runs if run.status != "done"},
-        "seconds_of_training": round(sum(run.seconds or 0 for run in comparison.runs)),
         "date": comparison.date,
         "versions": dict(comparison.versions),
         "hardware": dict(comparison.hardware),
