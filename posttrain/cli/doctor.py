@@ -37,7 +37,7 @@ def _backends() -> list[Finding]:
     import torch
 
     from posttrain.kernels import LMHead, vocab_statistics
-    from posttrain.kernels.checks import BACKENDS
+    from posttrain.kernels.backends import BACKENDS
 
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(rows, 8, generator=generator) for rows in (5, 23))

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from posttrain.binding import Side
-from posttrain.diagnosis.tolerance import head_bounds, keep_rows
+from posttrain.diagnosis.tolerance import head_bounds
 from posttrain.kernels import LMHead, vocab_statistics
+from posttrain.kernels.tolerance import keep_rows
 from posttrain.modeling import VocabRequest
 from posttrain.prepared import PreparedRows
 

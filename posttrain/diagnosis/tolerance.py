@@ -3,16 +3,8 @@
 from math import sqrt
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
-
-
-def keep_rows(bounds: Float[Tensor, " rows"], allowed: Float[Tensor, ""]) -> Bool[Tensor, " rows"]:
-    """False for as many rows as possible, the smallest first, while their bounds sum to at most ``allowed``."""
-    order = bounds.argsort(stable=True)
-    keep = torch.empty_like(bounds, dtype=torch.bool)
-    keep[order] = bounds[order].double().cumsum(0) > allowed
-    return keep
 
 
 def head_bounds(

@@ -8,7 +8,8 @@ from datasets import Dataset
 
 from posttrain.data.collation import CompletionCollator
 from posttrain.diagnosis.sample import TOLERANCES, read_sample
-from posttrain.diagnosis.tolerance import head_bounds, keep_rows
+from posttrain.diagnosis.tolerance import head_bounds
+from posttrain.kernels.tolerance import keep_rows
 from posttrain.modeling import attach
 from posttrain.prepared import PreparedRows
 from tests import tiny
