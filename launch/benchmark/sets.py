@@ -65,7 +65,7 @@ def _cases(name: str, shape: Shape, dtype: torch.dtype, rounds: int) -> Iterator
     live = tuple(Entry("threshold_0.2", BUDGET_0, share) for share in LIVE_SHARES)
     yield Group("live_rows", shape, dtype, live, rounds)
     compiled = () if name != "smoke" else WITHOUT_COMPILE
-    both = (Entry("logp", () if gpu else WITHOUT_COMPILE), Entry("statistics", compiled))
+    both = (Entry("logp", () if gpu else FEW), Entry("statistics", compiled))
     yield Group("logp_statistics", shape, dtype, both, rounds)
     yield Group("kl", shape, dtype, (Entry("kl", compiled), Entry("two_passes", RECOMPUTING)), rounds)
     for case in ("threshold_0.2", "probability_10"):
