@@ -47,8 +47,8 @@ def vocab_loss(
         weight: (tokens,), a constant factor of each token.
         per_token: tensors with leading dimension tokens, constants, cut into blocks for `phi`.
         options: the keyword options of `vocab_statistics`. Here ``budget`` is the memory in bytes for full rows of
-            logits, of which as many are held at a time as fit (at least 16); None takes 96 MiB on a CPU and 512 MiB on
-            a GPU. There is no ``gradient_tolerance``, since the logits are gone when the gradient's norm is known.
+            logits, of which as many are held as fit (at least 16); None and 0 take 125 MB on a CPU and 512 MiB
+            on a GPU. There is no ``gradient_tolerance``, since the logits are gone when the gradient's norm is known.
 
     Returns:
         The loss, a scalar differentiable once with respect to hidden and the head's tensors, and the statistics.
@@ -144,7 +144,7 @@ def _forward(
     models: Models, query: Query, phi: Phi, constants: tuple[Tensor, ...], gradients: Gradients
 ) -> tuple[Tensor, dict[str, Tensor]]:
     student = models.student
-    memory = BlockMemory.of(models, query.budget)
+    memory = BlockMemory.of(models, query.budget or None)
     mean = None
     if "mean_logit" in query.needed and student.settings.softcap is None:
         mean = student.mean_logit().mul_(student.vocab)

@@ -30,7 +30,7 @@ class Sizes:
 # what the promise of 128 MB in all leaves; a GPU's of 512 MiB keeps the sums of the head's gradient from being read and
 # written once for every few rows.
 _CPU = Sizes(tile=1 << 19, rows=1024, columns=2048, weight=1 << 21, block=31_200_000)
-_DEVICE = Sizes(tile=1 << 24, rows=4096, columns=1 << 15, weight=1 << 27, block=1 << 27)
+_DEVICE = Sizes(tile=1 << 23, rows=4096, columns=1 << 15, weight=1 << 23, block=1 << 27)
 
 
 def _sizes(device: torch.device) -> Sizes:

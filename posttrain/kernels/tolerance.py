@@ -44,7 +44,7 @@ class Certificate:
     hidden_bound: Tensor
 
 
-Recorder = list[Certificate] | None
+Recorder = tuple[list[Certificate], ...]
 _recorders: list[list[Certificate]] = []
 
 
@@ -52,7 +52,9 @@ _recorders: list[list[Certificate]] = []
 def record_certificates() -> Iterator[list[Certificate]]:
     """A list to which every forward made within adds one `Certificate` when its backward has run.
 
-    Only forwards with ``gradient_tolerance`` > 0 do. The backward may run after the ``with``, and on another thread.
+    Only forwards with ``gradient_tolerance`` > 0 do, and each certificate speaks of the gradient of that one call: of a
+    micro-batch on a rank, and of the head's share where the head is tied to the embedding. The backward may run after
+    the ``with``, and on another thread. Under reentrant checkpointing the forward that counts runs in the backward.
     """
     found: list[Certificate] = []
     _recorders.append(found)
@@ -63,8 +65,8 @@ def record_certificates() -> Iterator[list[Certificate]]:
 
 
 def active_recorder() -> Recorder:
-    """The list that a forward made now belongs to."""
-    return _recorders[-1] if _recorders else None
+    """The lists that a forward made now belongs to."""
+    return tuple(_recorders)
 
 
 def keep_rows(bounds: Float[Tensor, " rows"], allowed: Float[Tensor, ""]) -> Bool[Tensor, " rows"]:
@@ -90,7 +92,7 @@ def propagate_within(
     they are chosen again by that norm and the others are put back; where that fails as well, all of them are.
     """
     tolerance = query.gradient_tolerance
-    bounds = _Bounds(models.student, query, arrived, state, needs)
+    bounds = _Bounds(models.student, query, arrived, state, needs, models.tile_shape[1])
 
     def through(rows: Bool[Tensor, " tokens"]) -> tuple[Tensor | None, ...]:
         return propagate(models, query, arrived, state, kept, needs, index=rows.nonzero()[:, 0])
@@ -108,8 +110,8 @@ def propagate_within(
         keep = chosen
     else:
         certificate = bounds.certify(keep, gradients)
-    if recorder is not None:
-        recorder.append(certificate)
+    for certificates in recorder:
+        certificates.append(certificate)
     return gradients
 
 
@@ -119,10 +121,17 @@ class _Bounds:
     Args:
         student: hidden states and head.
         query, arrived, state, needs: as in `propagate`.
+        columns_size: vocabulary entries of a tile.
     """
 
     def __init__(
-        self, student: Projection, query: Query, arrived: Mapping[str, Tensor], state: State, needs: Sequence[bool]
+        self,
+        student: Projection,
+        query: Query,
+        arrived: Mapping[str, Tensor],
+        state: State,
+        needs: Sequence[bool],
+        columns_size: int,
     ) -> None:
         self.student, self.targets = student, query.targets
         self.tensors = student.tensors
@@ -131,10 +140,11 @@ class _Bounds:
         parts = {"weight": wants.weight, "bias": wants.bias, "matrix": wants.matrix}
         self.head = tuple(name for name, wanted in parts.items() if wanted and getattr(self.tensors, name) is not None)
         self.has_head = bool(self.head)
-        self.size = _size(student, arrived, state)
+        self.size = _size(student, arrived, state, vocab_tiles=-(-student.vocab // columns_size))
         others = [gradient for name, gradient in arrived.items() if name != "logp"]
         for gradient in others:
-            self.size = torch.where((gradient.reshape(gradient.shape[0], -1) != 0).any(1), torch.inf, self.size)
+            is_there = gradient != 0 if gradient.ndim == 1 else (gradient != 0).any(1)
+            self.size = torch.where(is_there, torch.inf, self.size)
         self.per_token = self.size * sqrt(2) * self._row_norms()
 
     def choose(self, tolerance: float, norm: Float[Tensor, ""]) -> Bool[Tensor, " tokens"]:
@@ -208,15 +218,18 @@ class _Bounds:
         return square.sqrt()
 
 
-def _size(student: Projection, arrived: Mapping[str, Tensor], state: State) -> Float[Tensor, " tokens"]:
+def _size(
+    student: Projection, arrived: Mapping[str, Tensor], state: State, *, vocab_tiles: int
+) -> Float[Tensor, " tokens"]:
     """|w| (1 - p) |scale| / temperature, with room for the rounding of p; unbounded where nothing is known of w."""
     incoming = arrived.get("logp")
     if incoming is None:
         count = student.tokens
         return torch.full((count,), torch.inf, dtype=student.settings.result, device=student.tensors.hidden.device)
     logp = state["target_logit"] - state["maximum"] - state["total"].log()
-    # The logits are taken as they are: z - m is then exact where p is near 1, and the sum rounds by a few units.
-    rounding = 4 * torch.finfo(logp.dtype).eps
+    # The logits are taken as they are: z - m is then exact where p is near 1. The sum rounds by some units in a tile
+    # and by one for each tile that is added, which may be all there is of 1 - p.
+    rounding = (8 + vocab_tiles) * torch.finfo(logp.dtype).eps
     return incoming.abs() * (-torch.expm1(logp.clamp_max(0.0)) + rounding) * abs(student.settings.factor)
 
 
@@ -230,5 +243,11 @@ def _relative(bound: Float[Tensor, ""], gradients: Sequence[Tensor | None]) -> F
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> Float[Tensor, ""]:
-    """The Euclidean norm of all of them together, in float64."""
-    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients if g is not None]).norm()
+    """The Euclidean norm of all of them together, in float64, which no whole gradient is converted to."""
+    parts = [
+        torch.linalg.vector_norm(gradient[rows], dtype=torch.float64)
+        for gradient in gradients
+        if gradient is not None
+        for rows in slices(gradient.shape[0], max(1, (1 << 21) // max(1, gradient[:1].numel())))
+    ]
+    return torch.stack(parts).norm()

@@ -155,6 +155,35 @@ def test_float32_and_tiles():
     assert relative([found[1].double()], [exact[1]]) <= 1e-3
 
 
+def test_what_a_float32_sum_over_many_tiles_loses_is_allowed_for():
+    """Each tile adds less than a rounding to the total: its 1 - p is smaller than the true one, the bound is not."""
+    vocab, gap = 4096, 17.5
+    weight = torch.zeros(vocab, 1)
+    weight[0] = 1.0
+    hidden = torch.tensor([[gap], [0.2]])
+    targets = torch.tensor([0, 5])
+    exact = backward(
+        hidden.double().requires_grad_(), LMHead(weight.double().requires_grad_()), targets, torch.ones(2), 0.0
+    )
+    with tiles(2, 1):
+        head = LMHead(weight.requires_grad_())
+        found, (certificate,) = backward(hidden.requires_grad_(), head, targets, torch.ones(2), 0.9)
+    error = relative([found[1].double()], [exact[0][1]])
+    assert error <= certificate.head_bound.item()
+
+
+def test_a_batch_without_tokens():
+    hidden = torch.zeros(0, WIDTH, requires_grad=True)
+    weight = torch.zeros(VOCAB, WIDTH, requires_grad=True)
+    with record_certificates() as outer, record_certificates() as inner:
+        values = vocab_statistics(
+            hidden, LMHead(weight), torch.zeros(0, dtype=torch.int64), ("logp", "entropy"), gradient_tolerance=0.1
+        )
+    (values["logp"].sum() + values["entropy"].sum()).backward()
+    assert (weight.grad == 0).all() and hidden.grad.shape == (0, WIDTH)
+    assert len(outer) == len(inner) == 1, "every open list gets the certificate"
+
+
 def test_keep_rows_by_hand():
     bounds = torch.tensor([3.0, 1.0, torch.inf, 2.0, 0.0])
     assert keep_rows(bounds, torch.tensor(3.0)).tolist() == [True, False, True, False, False]
