@@ -3,7 +3,9 @@
 A claim is a list of parts, a part a list of expected differences between two objectives on one metric. All differences
 of a claim are tested together (`posttrain.experiments.statistics`, Holm's correction at 5 %). A part, and a claim,
 holds where every expected difference is found, does not hold where one comes out significantly otherwise, and cannot be
-told apart in between. Writes launch/results/reproductions/NAME.{json,md,png} and README.md, a table of them.
+told apart in between. Where two are expected to be the same, the whole interval must lie within 0.05.
+
+Writes launch/results/reproductions/NAME.{json,md,png} and README.md, a table of them.
 """
 
 import argparse
@@ -25,8 +27,10 @@ from posttrain.experiments.verdicts import outcome, verdict
 ROOT = Path(__file__).parents[1]
 CONFIGS = Path("configs/compare/reproductions")
 BASE = "base"
+# A difference in pass@k that counts as none: where equality is expected, not finding a difference is not enough.
+MARGIN = 0.05
 
-Expected = Literal["better", "worse", "open", "not worse"]
+Expected = Literal["better", "worse", "same", "not worse"]
 Verdict = Literal["holds", "does not hold", "cannot be told apart"]
 
 
@@ -56,13 +60,17 @@ def against(baseline: str, data: str, metric: str, expected: dict[str, Expected]
     return [Expectation(data, metric, objective, baseline, one) for objective, one in expected.items()]
 
 
-def judge(found: str, expected: Expected) -> Verdict:
-    """One difference against what was expected of it."""
-    if expected == "open":
-        return "holds" if found == "open" else "does not hold"
-    if expected == "not worse":
-        return "does not hold" if found == "worse" else "holds"
-    return "holds" if found == expected else "cannot be told apart" if found == "open" else "does not hold"
+def judge(found: Difference, expected: Expected) -> Verdict:
+    """One difference against what was expected of it; ``same`` and ``not worse`` allow for `MARGIN`."""
+    if found.low is None or found.high is None:
+        return "cannot be told apart"
+    said = outcome(found)
+    if expected in ("same", "not worse"):
+        if found.low > -MARGIN and (found.high < MARGIN or expected == "not worse"):
+            return "holds"
+        against = ("worse",) if expected == "not worse" else ("worse", "better")
+        return "does not hold" if said in against else "cannot be told apart"
+    return "holds" if said == expected else "cannot be told apart" if said == "open" else "does not hold"
 
 
 def together(verdicts: Iterable[Verdict]) -> Verdict:
@@ -126,7 +134,7 @@ def draw_points(comparison: Comparison, claim: Claim) -> Figure:
         if base is not None:
             panel.axhline(base, color="gray", linestyle=":", label="base")
             panel.legend(frameon=False)
-        panel.set(title=name, ylabel=f"{metric}, mean and 95 % interval over seeds" if name == data[0] else "")
+        panel.set(title=name, ylabel=f"{metric} (95 % over seeds)" if name == data[0] else "")
         panel.set_xticks(range(len(shown)), [row["objective"] for row in shown], rotation=25, ha="right")
         panel.margins(x=0.2)
     return figure
@@ -176,7 +184,7 @@ CLAIMS: dict[str, Claim] = {
             "strong: prior-leaning objectives beat nll": against(
                 NLL, "strong", "pass@1", dict.fromkeys(PRIOR_LEANING, "better")
             ),
-            "intermediate: no difference": against(NLL, "intermediate", "pass@1", dict.fromkeys(PRIOR_LEANING, "open")),
+            "intermediate: no difference": against(NLL, "intermediate", "pass@1", dict.fromkeys(PRIOR_LEANING, "same")),
             "weak: nll beats prior-leaning objectives": against(
                 NLL, "weak", "pass@1", dict.fromkeys(PRIOR_LEANING, "worse")
             ),
@@ -238,7 +246,7 @@ def record(comparison: Comparison, claim: Claim) -> dict[str, Any]:
             "part": part,
             "data": one.data,
             "expected": one.expected,
-            "verdict": judge(outcome(found), one.expected) if found.p is not None else "cannot be told apart",
+            "verdict": judge(found, one.expected),
             "found": verdict(found),
             **dataclasses.asdict(found),
         }
