@@ -17,6 +17,7 @@ from launch.benchmark.targets import slope
 
 # The groups in which everybody takes part.
 SIDE_BY_SIDE = ("nll", "dpo", "threshold_0.2", "probability_10", "logp_statistics", "kl")
+CUT = 2.5
 # Competitors in greys and blues, ours in warm colours.
 ORDER = (
     ("dense", "#4d4d4d"), ("torch.compile", "#8c8c8c"), ("linear_cross_entropy", "#9ecae1"),
@@ -50,6 +51,11 @@ def bars(axis: Axes, rows: Sequence[Row], column: str, title: str) -> None:
     axis.set_title(title)
     if column == "time_s":
         axis.axhline(1, color="black", linewidth=0.6)
+        # what takes far longer leaves the picture, with its number, so that the others can be told apart
+        axis.set_ylim(0, CUT)
+        for bar in axis.patches:
+            if bar.get_height() > CUT:
+                axis.text(bar.get_x(), CUT * 0.97, f"{bar.get_height():.1f}", fontsize=6, ha="right", va="top")
     else:
         axis.set_yscale("log")
 
@@ -63,18 +69,21 @@ def curves(axis: Axes, rows: Sequence[Row], group: str, size: str, column: str, 
         if len(found) > 1:
             sizes, values = [row[size] for row in found], [row[column] for row in found]
             axis.loglog(sizes, values, "o-", color=colour, label=f"{name}: {slope(sizes, values):.2f}", markersize=3)
+    ticks = sorted({row[size] for row in rows if row["group"] == group})
+    axis.set_xticks(ticks, [f"{tick / 1024:g}k" for tick in ticks], minor=False)
+    axis.minorticks_off()
     axis.set_xlabel("tokens" if size == "tokens" else "vocabulary")
     axis.set_ylabel(label)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=6, title="slope", title_fontsize=6)
+        axis.legend(fontsize=6, title="slope", title_fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.17))
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """The picture of one CSV."""
     rows = [row for row in rows if row["status"] == MEASURED]
     models = [name for name in dict.fromkeys(row["shape"] for row in rows) if name != "growth"]
-    figure = plt.figure(figsize=(13, 5.5 * len(models) + 3.2), layout="constrained")
-    grid = figure.add_gridspec(len(models) + 1, 1, height_ratios=[5.5] * len(models) + [3.2])
+    figure = plt.figure(figsize=(13, 5.5 * len(models) + 5.0), layout="constrained")
+    grid = figure.add_gridspec(len(models) + 1, 1, height_ratios=[5.5] * len(models) + [5.0])
     parts = [figure.add_subfigure(grid[i]) for i in range(len(models) + 1)]
     for part, model in zip(parts[:-1], models, strict=True):
         own = [
@@ -87,7 +96,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         upper, lower = part.subplots(2, 1)
         bars(upper, own, "time_s", f"{size}: time of forward and backward by dense torch's")
         bars(lower, own, "extra_mib", f"{size}: peak memory beyond inputs and gradients, MiB")
-        upper.legend(fontsize=7, ncols=4)
+        upper.legend(fontsize=7, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.1))
     axes = parts[-1].subplots(1, 4)
     grown = [row for row in rows if row["group"].startswith("growth")]
     axis = iter(axes)

@@ -147,13 +147,14 @@ except KeyboardInterrupt:
     sys.exit(130)
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
-    until = time.monotonic() + 30
     done = tmp_path / "out/runs/nll-tiny-base-addition-seed0/done.json"
-    while not (done.exists() and len(fake.started(tmp_path, "runs")) == 2) and time.monotonic() < until:
-        time.sleep(0.05)
-    parent.send_signal(signal.SIGINT)
-    assert parent.wait(20) == 130
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment) as parent:
+        # generous: a busy machine takes long to import torch three times
+        until = time.monotonic() + 120
+        while not (done.exists() and len(fake.started(tmp_path, "runs")) == 2) and time.monotonic() < until:
+            time.sleep(0.05)
+        parent.send_signal(signal.SIGINT)
+        assert parent.wait(90) == 130
     # the child held the folder's lock: were it alive, this would be refused
     found = compare(tmp_path, objectives={"nll": "nll"}, seeds=[0])
     assert [run.status for run in found.runs] == ["done"]
