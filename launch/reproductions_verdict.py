@@ -323,6 +323,9 @@ def main() -> None:
         plan = Plan(schema.load(CONFIGS / f"{name}.yaml"))
         plan.refuse_changes()
         comparison = engine.read(plan, f"launch/reproductions.sh {name}")
+        missing = [run.name for run in comparison.runs if run.status == "missing"]
+        if missing:
+            parser.error(f"{len(missing)} runs of {name} are not finished; go on with launch/reproductions.sh {name}.")
         found = record(comparison, claim)
         (arguments.results / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         page = markdown(name, found, claim.metrics)
