@@ -10,6 +10,10 @@ LOWER_IS_BETTER = frozenset(
         "byte_perplexity",
         "bits_per_byte",
         "brier_score",
+        "ter",
+        "wer",
+        "likelihood_diff",
+        "pct_stereotype",
     }
 )
 # Neither way: a model may be too sure or too unsure.
@@ -26,6 +30,8 @@ def direction(metric: str) -> int:
         metric: its name, with or without its source in front (``reverse_word/nll``).
     """
     source, _, name = metric.rpartition("/")
+    # lm-evaluation-harness writes the filter of the answers behind the metric
+    name = name.partition(",")[0]
     if name in NO_DIRECTION or ("forget" in source and "forget" not in name):
         return 0
     return -1 if name in LOWER_IS_BETTER else 1

@@ -18,6 +18,8 @@ Aggregation = Callable[[Sequence[Any]], Any]
 
 # Resampling a corpus metric means computing it anew each time; the harness, too, stops at 100 for BLEU.
 _MOST_CORPUS_RESAMPLES = 100
+# Names of the aggregations that are a mean over items.
+_MEANS = frozenset({"mean", "nanmean"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +115,9 @@ def _read(
             weight = 1.0 if by_size.get(metric, True) else 1.0 / len(documents)
             values.setdefault(name, []).append(_Value(row, sample[metric], weight))
             aggregations[name] = leaf.aggregation.get(metric, np.mean)
-            if np.ndim(sample[metric]) == 0 and not isinstance(sample[metric], str):
+            # Items are compared in pairs by their mean, which makes sense only where the metric is one.
+            is_mean = getattr(aggregations[name], "__name__", "") in _MEANS
+            if is_mean and np.ndim(sample[metric]) == 0 and not isinstance(sample[metric], str):
                 item[name] = float(sample[metric])
 
 

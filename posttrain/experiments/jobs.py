@@ -75,7 +75,10 @@ class Job:
         return (self.folder / name).exists()
 
     def write_resolved(self) -> Path:
-        """Write the configuration that the child reads, and take away the marks of an earlier attempt."""
+        """Write the configuration that the child reads, and take away the marks of an earlier attempt.
+
+        Checkpoints of an attempt with another configuration go as well: to resume them would mix the two.
+        """
         assert self.tree is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (DONE_FILE, FAILED_FILE):
@@ -83,6 +86,8 @@ class Job:
         trainer = {**(self.tree.get("trainer") or {}), "output_dir": str(self.folder)}
         path = self.folder / RESOLVED_FILE
         text = yaml.safe_dump({**self.tree, "trainer": trainer}, sort_keys=False, allow_unicode=True)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            run_record.remove_model(self.folder)
         path.write_text(text, encoding="utf-8")
         return path
 

@@ -74,7 +74,7 @@ def slots(config: CompareConfig) -> list[Slot]:
     The CPU's cores are shared out among the runs on it; OMP_NUM_THREADS, where it is set, is how many there are.
 
     Raises:
-        ValueError: ``launch`` is no file.
+        ValueError: ``launch`` is no file, or the entries of ``devices`` differ in their number of processes.
     """
     if config.launch is not None and not Path(config.launch).is_file():
         raise ValueError(f"launch is {config.launch!r}, and there is no such file; give an accelerate configuration.")
@@ -82,7 +82,14 @@ def slots(config: CompareConfig) -> list[Slot]:
     places = [device for device in devices for _ in range(config.parallel)]
     shares = max(1, _cores() // len(places))
     # accelerate gives a run one thread unless told otherwise; beside a GPU that is enough
-    return [Slot(device, shares if device in (None, "cpu") else None, config.launch) for device in places]
+    found = [Slot(device, shares if device in (None, "cpu") else None, config.launch) for device in places]
+    counts = sorted({slot.processes for slot in found})
+    if len(counts) > 1:
+        raise ValueError(
+            f"devices gives runs different numbers of processes, {' and '.join(map(str, counts))}, and with them "
+            "batches of different sizes; give every entry as many devices."
+        )
+    return found
 
 
 class Runner:
@@ -138,8 +145,9 @@ class Runner:
 
     def _start(self, job: Job, place: int) -> None:
         slot = self._places[place]
-        command = self._command(job, slot)
         job.write_resolved()
+        # after it: it takes away checkpoints of another configuration, which must not be resumed
+        command = self._command(job, slot)
         job.state, job.started = "running", time.monotonic()
         with (job.folder / LOG_FILE).open("wb") as log:
             process = subprocess.Popen(

@@ -63,7 +63,7 @@ def measure(metrics: Mapping[str, float], metric: str) -> float | None:
     """A metric of one evaluation; without a source in its name, the mean over the sources. None where it is missing."""
     if metric in metrics:
         return metrics[metric]
-    found = [value for name, value in metrics.items() if name.partition("/")[2] == metric]
+    found = [value for name, value in metrics.items() if name.rpartition("/")[2] == metric]
     return sum(found) / len(found) if found else None
 
 

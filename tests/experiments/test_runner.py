@@ -18,7 +18,7 @@ def test_cores_are_shared_out_among_runs_on_the_cpu(tmp_path: Path, monkeypatch:
 
 
 def test_one_run_at_a_time_on_each_device(tmp_path: Path) -> None:
-    one, two = slots(fake.config(tmp_path, devices=[1, "2,3"]))
+    (one,), (two,) = slots(fake.config(tmp_path, devices=[1])), slots(fake.config(tmp_path, devices=["2,3"]))
     assert one.environment() == {"CUDA_VISIBLE_DEVICES": "1"} and one.processes == 1
     assert two.environment() == {"CUDA_VISIBLE_DEVICES": "2,3"} and two.processes == 2
     assert "--multi_gpu" in two.options() and "--multi_gpu" not in one.options()
@@ -35,6 +35,11 @@ def test_accelerates_own_file_decides_where_it_is_given(tmp_path: Path) -> None:
         slots(fake.config(tmp_path, launch="nowhere.yaml"))
 
 
+def test_every_run_has_as_many_processes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="different numbers of processes, 1 and 2"):
+        slots(fake.config(tmp_path, devices=[0, "1,2"]))
+
+
 def test_the_remains_of_an_attempt_are_replaced_or_gone_on_from(tmp_path: Path) -> None:
     job = Job("a", "run", tmp_path / "a", {"trainer": {"max_steps": 4}})
     job.write_resolved()
@@ -43,6 +48,10 @@ def test_the_remains_of_an_attempt_are_replaced_or_gone_on_from(tmp_path: Path) 
     assert job.options() == ["overwrite=true"], "a checkpoint that was being written"
     (tmp_path / "a/checkpoint-2/trainer_state.json").write_text("{}")
     assert job.options() == ["resume=true"]
+    job.write_resolved()
+    assert job.options() == ["resume=true"], "the same configuration goes on"
+    Job("a", "run", tmp_path / "a", {"trainer": {"max_steps": 5}}).write_resolved()
+    assert job.options() == ["overwrite=true"], "another one does not take its checkpoints over"
 
 
 def test_equal_tokens_are_counted_from_the_rows(tmp_path: Path) -> None:
