@@ -136,10 +136,13 @@ def test_one_comparison_at_a_time_in_a_folder(tmp_path: Path) -> None:
 def test_an_interrupt_stops_the_children_and_the_next_call_goes_on(tmp_path: Path) -> None:
     """From outside, as Ctrl-C comes: one run is finished, another would sleep for a minute."""
     code = """
+import signal
 import sys
 from pathlib import Path
 from posttrain.experiments import engine
 from tests.experiments import fake
+# a suite that runs in the background of a shell has it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 plan = fake.plan(Path(sys.argv[1]), objectives={"nll": "nll"}, seeds=[0, 9])
 try:
     engine.execute(plan, fake.runner)
