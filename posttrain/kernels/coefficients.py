@@ -123,6 +123,11 @@ def _add_picked(result: Coefficients, ids: Tensor, gradient: Tensor, state: Stat
     result.add("softmax", -gradient.sum(1) / state["total"])
 
 
+def softcap_slope(z_NV: Float[Tensor, "rows columns"], softcap: float, temperature: float) -> Tensor:
+    """The derivative of the softcap at a tile of z: 1 - (capped / softcap)^2."""
+    return (z_NV * (temperature / softcap)).square_().neg_().add_(1.0)
+
+
 class TileGradient:
     """Turns the tiles of one block of tokens into tiles of dz."""
 
@@ -158,15 +163,9 @@ class TileGradient:
 
         Where a softcap is given, dz is by what the softcap was applied to, over the temperature.
         """
-        slope_NV = self._softcap_slope(z_NV)
+        slope_NV = None if self.softcap is None else softcap_slope(z_NV, self.softcap, self.temperature)
         dz_NV = self._gradient(z_NV, teacher_z_NV, start)
         return dz_NV if slope_NV is None else dz_NV.mul_(slope_NV)
-
-    def _softcap_slope(self, z_NV: Tensor) -> Tensor | None:
-        """The derivative of the softcap: 1 - (capped / softcap)^2."""
-        if self.softcap is None:
-            return None
-        return (z_NV * (self.temperature / self.softcap)).square_().neg_().add_(1.0)
 
     def _gradient(self, z_NV: Tensor, teacher_z_NV: Tensor | None, start: int) -> Tensor:
         plain_NV = z_NV * self.logit if self.logit is not None else None

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.kernels.checks import check_head, check_per_token
+from posttrain.kernels.coefficients import softcap_slope
 from posttrain.kernels.first_order import first_order
 from posttrain.kernels.gradients import Gradients
 from posttrain.kernels.head import LMHead
@@ -122,8 +123,9 @@ class _BlockLogits(torch.autograd.Function):
             rows = projection.rows(slice(None))
             for columns in slices(projection.vocab, ctx.columns_size):
                 dz_NV = incoming_NV[:, columns]
-                slope_NV = projection.softcap_slope(kept[0][:, columns]) if kept else None
-                dz_NV = dz_NV if slope_NV is None else slope_NV.mul_(dz_NV)
+                if ctx.settings.softcap is not None:
+                    cap, temperature = ctx.settings.softcap, ctx.settings.temperature
+                    dz_NV = softcap_slope(kept[0][:, columns], cap, temperature).mul_(dz_NV)
                 gradients.open(columns)
                 gradients.add(dz_NV, rows, projection.columns(columns), gradients.rows(slice(None)), columns)
                 gradients.close(columns)

@@ -1,6 +1,7 @@
 """Where backends differ: what collects the sums of some tokens, and what makes gradients of a tile of logits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -25,8 +26,8 @@ def new_accumulator(query: Query, dtype: torch.dtype) -> BlockAccumulator:
     return triton.make_accumulator(query, dtype)
 
 
-def fused_forward(student: Projection, query: Query) -> State | None:
-    """The state of all tokens without any tile in memory; None where tiles by the library's products are better."""
+def fusible_head(student: Projection, query: Query) -> LMHead | None:
+    """The head, if products are better fused with what follows them; None where the library's products are."""
     tensors, settings = student.tensors, student.settings
     if query.backend != "triton" or settings.result != torch.float32 or settings.shard is not None:
         return None
@@ -34,13 +35,39 @@ def fused_forward(student: Projection, query: Query) -> State | None:
 
     if not triton.fused_forward_is_better(tensors.hidden.device, tensors.hidden.dtype, student.width):
         return None
-    from posttrain.kernels.triton.fused import can_fold_products, fold_of_products
+    from posttrain.kernels.triton.fused import can_fold_products
 
     low_rank = None if tensors.hidden2 is None or tensors.matrix is None else (tensors.hidden2, tensors.matrix)
     head = LMHead(tensors.weight, tensors.bias, settings.scale, settings.softcap, low_rank)
-    if settings.operand != tensors.hidden.dtype or not can_fold_products(query, tensors.hidden, head):
+    is_fusible = settings.operand == tensors.hidden.dtype and can_fold_products(query, tensors.hidden, head)
+    return head if is_fusible else None
+
+
+def fused_forward(student: Projection, query: Query) -> State | None:
+    """The state of all tokens without any tile in memory; None where tiles by the library's products are better."""
+    head = fusible_head(student, query)
+    if head is None:
         return None
-    return fold_of_products(tensors.hidden, head, query)
+    from posttrain.kernels.triton.fused import fold_of_products
+
+    return fold_of_products(student.tensors.hidden, head, query)
+
+
+def fused_gradient(
+    tile_gradient: MakesGradient, hidden: Tensor, head: LMHead, rows: slice, columns: slice
+) -> Float[Tensor, "rows columns"]:
+    """dz of a tile whose logits are never in memory; `head` is what `fusible_head` found."""
+    from posttrain.kernels.triton.coefficients import TritonTileGradient
+    from posttrain.kernels.triton.fused import gradient_of_products
+
+    assert isinstance(tile_gradient, TritonTileGradient)
+    part = replace(
+        head,
+        weight=head.weight[columns],
+        bias=None if head.bias is None else head.bias[columns],
+        low_rank=None if head.low_rank is None else (head.low_rank[0][rows], head.low_rank[1][columns]),
+    )
+    return gradient_of_products(tile_gradient, hidden[rows], part, columns.start)
 
 
 def new_tile_gradient(

@@ -11,7 +11,13 @@ from posttrain.kernels.checks import Query
 from posttrain.kernels.coefficients import coefficients
 from posttrain.kernels.gradients import Gradients, spread
 from posttrain.kernels.kept import KeptTiles, Models, Tiles
-from posttrain.kernels.operations import fused_forward, new_accumulator, new_tile_gradient
+from posttrain.kernels.operations import (
+    fused_forward,
+    fused_gradient,
+    fusible_head,
+    new_accumulator,
+    new_tile_gradient,
+)
 from posttrain.kernels.parallel import merge_over_ranks, sum_over_ranks
 from posttrain.kernels.tiling import slices
 
@@ -138,6 +144,7 @@ def _propagate(
     if teacher is not None and found.reads_teacher:
         teacher_tiles = Tiles("teacher", teacher, shape, kept, index)
     reads_student = found.reads_student or student.settings.softcap is not None
+    head = fusible_head(student, query) if reads_student and not kept.tiles else None
     blocks = [
         (rows, new_tile_gradient(found, state, query, rows, student.settings))
         for rows in slices(student.tokens, shape[0])
@@ -147,11 +154,14 @@ def _propagate(
         operands = student.columns(columns)
         teacher_operands = teacher.columns(columns) if teacher is not None and teacher_tiles is not None else None
         for rows, tile_gradient in blocks:
-            z_NV = tiles.tile(rows, operands, columns.start) if reads_student else tiles.blank(rows, operands)
-            u_NV = None
-            if teacher_tiles is not None and teacher_operands is not None:
-                u_NV = teacher_tiles.tile(rows, teacher_operands, columns.start)
-            dz_NV = tile_gradient(z_NV, u_NV, student.start + columns.start)
+            if head is not None:
+                dz_NV = fused_gradient(tile_gradient, student.tensors.hidden, head, rows, columns)
+            else:
+                z_NV = tiles.tile(rows, operands, columns.start) if reads_student else tiles.blank(rows, operands)
+                u_NV = None
+                if teacher_tiles is not None and teacher_operands is not None:
+                    u_NV = teacher_tiles.tile(rows, teacher_operands, columns.start)
+                dz_NV = tile_gradient(z_NV, u_NV, student.start + columns.start)
             gradients.add(dz_NV, student.rows(rows), operands, gradients.rows(rows), columns)
         gradients.close(columns)
     sum_over_ranks((gradients.sums.get("hidden"), gradients.sums.get("hidden2")), student.settings.shard)

@@ -187,13 +187,6 @@ class Projection:
             mean += bias.to(settings.operand).double().mean().to(settings.result)
         return mean.mul_(settings.factor)
 
-    def softcap_slope(self, z_NV: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"] | None:
-        """The derivative of the softcap at a tile of z: 1 - (capped / softcap)^2; None where there is no cap."""
-        if self.settings.softcap is None:
-            return None
-        tanh_NV = z_NV * (self.settings.temperature / self.settings.softcap)
-        return tanh_NV.square_().neg_().add_(1.0)
-
 
 def _mean_row(weight: Float[Tensor, "vocab width"], settings: Settings) -> Float[Tensor, " width"]:
     """Summed slice by slice and in float64, since a hundred thousand terms cancel."""

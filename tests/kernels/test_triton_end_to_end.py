@@ -7,6 +7,7 @@ import torch
 
 from posttrain.kernels import DETACHED, STATISTICS, triton, vocab_loss
 from posttrain.kernels.backends import resolve_backend
+from posttrain.kernels.projection import Projection
 from tests.kernels.problems import gradients, mixed_loss, problem, tiles
 
 pytestmark = pytest.mark.skipif(
@@ -40,6 +41,7 @@ def test_statistics_and_gradients(name, budget):
 @pytest.mark.parametrize("name", HEADS)
 def test_logits_that_never_reach_memory(name, monkeypatch):
     monkeypatch.setattr(triton, "fused_forward_is_better", lambda *_: True)
+    monkeypatch.setattr(Projection, "logits", lambda *_: pytest.fail("a tile of logits was formed"))
     case, exact = cases(name)
     names = tuple(n for n in STATISTICS if n not in ("ids_logp", "topk_logp", "topk_ids")[:3] and "teacher" not in n)
     names = tuple(n for n in names if n not in ("forward_kl", "reverse_kl", "jsd"))
