@@ -1,4 +1,7 @@
-"""Objectives by name. A family is a module of this package, an objective one of its functions under `declare`."""
+"""Objectives by name: functions of this package's modules under `declare`.
+
+A family is a module, or all modules that set the same ``FAMILY``.
+"""
 
 import functools
 import importlib
@@ -6,10 +9,10 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
-from posttrain.objectives.base import Declaration, Loss, declare
+from posttrain.objectives.base import Declaration, Loss, State, declare
 from posttrain.suggest import unknown
 
-__all__ = ["Declaration", "Loss", "declare", "families", "get", "names"]
+__all__ = ["Declaration", "Loss", "State", "declare", "families", "get", "names"]
 
 
 @functools.cache
@@ -18,16 +21,17 @@ def _families() -> dict[str, dict[str, Callable[..., Any]]]:
     owner: dict[str, str] = {}
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
+        family = getattr(module, "FAMILY", info.name)
         for name, item in vars(module).items():
             # an objective that a module merely imports belongs to the family that defines it
             if not hasattr(item, "declaration") or item.__module__ != module.__name__:
                 continue
             if name in owner:
                 raise ValueError(
-                    f"the objective {name!r} is defined in the families {owner[name]!r} and {info.name!r}; rename one."
+                    f"the objective {name!r} is defined in the families {owner[name]!r} and {family!r}; rename one."
                 )
-            owner[name] = info.name
-            found.setdefault(info.name, {})[name] = item
+            owner[name] = family
+            found.setdefault(family, {})[name] = item
     return found
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -26,6 +26,26 @@ class Loss:
     weight: Float[Tensor, " units"] | None = None
 
 
+class State(Protocol):
+    """What a stateful objective remembers from one optimizer step to the next.
+
+    The class is called with those of the objective's hyper-parameters that its ``__init__`` names keyword-only. Its
+    ``update`` has positional names of statistics or columns, and is called once per optimizer step of training with
+    their detached values over the whole step and all ranks; a loss reads the state as it stood before its step.
+    """
+
+    update: Callable[..., None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Named 0-d tensors, which bind like statistics in the objective and in its ``prepare``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into the checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
+
+
 @dataclass(frozen=True)
 class Declaration:
     """What the trainer and ``posttrain show`` read off an objective besides its signature.
@@ -39,7 +59,10 @@ class Declaration:
         model_weight: ``weight`` depends on the model; the trainer then counts before the first backward of a step.
         prepare: function of detached statistics of the whole step and all ranks (positional names) and of the
             objective's hyper-parameters (keyword-only) that returns named tensors; they bind like statistics.
+            A 0-d tensor goes to every micro-batch; a 1-d tensor has an entry for each unit of the inputs, in their
+            order, and each micro-batch gets its own part.
         prepare_if: hyper-parameters -> whether ``prepare`` is needed at all; None means always.
+        state: what a stateful objective remembers from step to step, see `State`.
     """
 
     unit: Unit
@@ -49,6 +72,7 @@ class Declaration:
     model_weight: bool = False
     prepare: Callable[..., dict[str, Tensor]] | None = None
     prepare_if: Callable[[Mapping[str, Any]], bool] | None = None
+    state: type[State] | None = None
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -63,9 +87,10 @@ def declare(
     model_weight: bool = False,
     prepare: Callable[..., dict[str, Tensor]] | None = None,
     prepare_if: Callable[[Mapping[str, Any]], bool] | None = None,
+    state: type[State] | None = None,
 ) -> Callable[[Function], Function]:
     """Attach a `Declaration` to an objective as ``function.declaration``; the function itself stays as it is."""
-    declaration = Declaration(unit, formula, paper, token_local, model_weight, prepare, prepare_if)
+    declaration = Declaration(unit, formula, paper, token_local, model_weight, prepare, prepare_if, state)
 
     def attach(function: Function) -> Function:
         function.declaration = declaration  # type: ignore[attr-defined]
