@@ -1,19 +1,10 @@
 """One YAML file a run: dataclasses, loading with overrides, and checks that name the nearest known key."""
 
+from posttrain.config.annotation import AnnotationConfig
+from posttrain.config.inputs import DataConfig, DataSource, EvaluationSource, ModelConfig, TokenizerConfig
 from posttrain.config.load import from_tree, load
 from posttrain.config.resolve import resolve
-from posttrain.config.schema import (
-    AnnotationConfig,
-    DataConfig,
-    DataSource,
-    EvaluationConfig,
-    EvaluationSource,
-    HarnessConfig,
-    KernelConfig,
-    ModelConfig,
-    RunConfig,
-    TokenizerConfig,
-)
+from posttrain.config.schema import EvaluationConfig, HarnessConfig, KernelConfig, RunConfig
 from posttrain.config.trainer import peft_config, trainer_config_class
 
 __all__ = [

@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from posttrain.config.schema import DataSource, RunConfig
-from posttrain.config.trainer import check_method, check_peft, check_trainer
+from posttrain.config.annotation import RewardModelConfig
+from posttrain.config.inputs import DataSource
+from posttrain.config.schema import RunConfig
+from posttrain.config.trainer import check_method, check_peft, check_reward_trainer, check_trainer
 from posttrain.config.values import convert, expand, join, read_yaml
 from posttrain.suggest import unknown
 
@@ -65,11 +67,21 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
         check_source(config.data.train, "data.train")
     if config.data.eval is not None:
         check_source(config.data.eval, "data.eval")
+    _check_reward(config.annotation.reward)
     for index, source in enumerate(config.evaluation.data or []):
         check_source(source, f"evaluation.data.{index}")
     if config.resume and config.overwrite:
         raise ValueError("resume and overwrite are both set; continue the run in the output folder or replace it.")
     return config
+
+
+def _check_reward(reward: RewardModelConfig) -> None:
+    if reward.trainer:
+        reward.trainer = check_reward_trainer(reward.trainer)
+    if reward.peft is not None:
+        reward.peft = check_peft(reward.peft, "annotation.reward.peft")
+    if reward.data is not None:
+        check_source(reward.data, "annotation.reward.data")
 
 
 def check_source(source: DataSource, key: str) -> None:

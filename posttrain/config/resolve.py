@@ -5,7 +5,8 @@ import dataclasses
 import logging
 import os
 
-from posttrain.config.schema import DataSource, EvaluationSource, RunConfig
+from posttrain.config.inputs import DataSource, EvaluationSource
+from posttrain.config.schema import RunConfig
 
 logger = logging.getLogger(__name__)
 

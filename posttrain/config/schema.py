@@ -7,88 +7,11 @@ from typing import Any
 
 import yaml
 
+from posttrain.config.annotation import AnnotationConfig
+from posttrain.config.inputs import DataConfig, EvaluationSource, ModelConfig, TokenizerConfig
+
 # What must not be written beside the results.
 SECRET_KEYS = frozenset({"hub_token", "push_to_hub_token", "token"})
-
-
-# Marks a field that takes every key its dataclass does not know; in the YAML they stand beside the others.
-REST = {"rest": True}
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """``model:`` and ``teacher:``; whatever is not named here goes to ``from_pretrained``.
-
-    Args:
-        name_or_path: a hub name, a folder, or ``tiny-base`` for the embedded base.
-        dtype: of the weights: ``float32``, ``bfloat16``, ``float16``, ``float64`` or ``auto`` (as they were saved).
-        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None takes transformers' choice.
-    """
-
-    name_or_path: str = "tiny-base"
-    dtype: str = "float32"
-    attn_implementation: str | None = None
-    options: dict[str, Any] = field(default_factory=dict, metadata=REST)
-
-
-@dataclass(kw_only=True)
-class TokenizerConfig:
-    """``tokenizer:``; None as ``name_or_path`` takes the model's, the rest goes to ``from_pretrained``."""
-
-    name_or_path: str | None = None
-    options: dict[str, Any] = field(default_factory=dict, metadata=REST)
-
-
-@dataclass(kw_only=True)
-class DataSource:
-    """Rows from a file, a hub set or a procedural task.
-
-    Args:
-        path: .json, .jsonl, .csv or .parquet (also .gz), a folder of ``save_to_disk``, or a hub name.
-        name: configuration of a hub set.
-        split: of a hub set, a saved folder or a task; a file has none and takes only a slice such as ``[:100]``.
-        task: procedural task, instead of ``path``.
-        size, seed, task_options: of a task: rows, integer, settings of the task's generator.
-        format: ``auto`` or one of `posttrain.data.formats.FORMATS`.
-        columns: existing name -> new name, applied first.
-        template: the prompt as a format string over the columns, such as ``"Question: {question}\\nAnswer:"``.
-        limit: at most this many rows, from the start.
-        streaming: read rows when they are needed instead of all at first.
-    """
-
-    path: str | None = None
-    name: str | None = None
-    split: str = "train"
-    task: str | None = None
-    size: int | None = None
-    seed: int | None = None
-    task_options: dict[str, Any] = field(default_factory=dict)
-    format: str = "auto"
-    columns: dict[str, str] = field(default_factory=dict)
-    template: str | None = None
-    limit: int | None = None
-    streaming: bool = False
-
-
-@dataclass(kw_only=True)
-class EvaluationSource(DataSource):
-    """A data source to evaluate on.
-
-    Args:
-        verifier: ``auto``, ``exact``, ``math`` or ``task``.
-        label: the name in tables; None takes the task's or the file's name.
-    """
-
-    verifier: str = "auto"
-    label: str | None = None
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """``data:``: what to train on, and what ``eval_loss`` is measured on."""
-
-    train: DataSource | None = None
-    eval: DataSource | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,21 +100,6 @@ class EvaluationConfig:
     level: float = 0.95
     before: bool = True
     every: int | None = None
-
-
-@dataclass(kw_only=True)
-class AnnotationConfig:
-    """``annotation:``: what ``posttrain annotate`` writes, and where.
-
-    Args:
-        output: .jsonl or .parquet file to write.
-        k: entries per token of ``teacher-topk``.
-        batch_size: rows per forward.
-    """
-
-    output: str | None = None
-    k: int = 5
-    batch_size: int = 8
 
 
 @dataclass(kw_only=True)

@@ -48,22 +48,27 @@ def check_trainer(values: Mapping[str, Any], method: str) -> dict[str, Any]:
     return checked(values, trainer_config_class(method), "trainer")
 
 
-def _peft_class(values: Mapping[str, Any]) -> Any:
+def check_reward_trainer(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``annotation.reward.trainer:`` checked against TRL's configuration class of reward models."""
+    return checked(values, importlib.import_module("trl").RewardConfig, "annotation.reward.trainer")
+
+
+def _peft_class(values: Mapping[str, Any], key: str = "peft") -> Any:
     import peft
 
     name = str(values.get("peft_type", "LORA")).upper()
     classes = {str(getattr(kind, "value", kind)): cls for kind, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name not in classes:
-        raise ValueError(unknown("peft.peft_type", name, classes))
+        raise ValueError(unknown(f"{key}.peft_type", name, classes))
     return classes[name]
 
 
-def check_peft(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``peft:`` checked against ``peft.LoraConfig``, or the class that ``peft_type`` names."""
-    cls = _peft_class(values)
+def check_peft(values: Mapping[str, Any], key: str = "peft") -> dict[str, Any]:
+    """``peft:`` (``key`` names it) checked against ``peft.LoraConfig``, or the class that ``peft_type`` names."""
+    cls = _peft_class(values, key)
     given = {name: value for name, value in values.items() if name != "peft_type"}
     kind = {"peft_type": values["peft_type"]} if "peft_type" in values else {}
-    return {**kind, **checked(given, cls, "peft")}
+    return {**kind, **checked(given, cls, key)}
 
 
 def peft_config(values: Mapping[str, Any] | None) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
+from posttrain.config.inputs import DataSource
 from posttrain.config.load import check_source
-from posttrain.config.schema import DataSource
 from posttrain.data.collation import ROW_NUMBER
 from posttrain.data.preparation import column_names, number_rows
 from posttrain.suggest import nearest, unknown

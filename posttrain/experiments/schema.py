@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.inputs import REST
 from posttrain.config.load import build, override, read_file
-from posttrain.config.schema import REST
 from posttrain.config.values import expand
 
 
