@@ -1,15 +1,26 @@
-"""What every objective of two completions reports about their implicit rewards."""
+"""Implicit rewards of a pair, and what every objective of two completions reports about them."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from posttrain.objectives.checks import check_same_shape
+from posttrain.objectives.checks import check_positive, check_same_shape
 
 Pairs = Float[Tensor, " pairs"]
 
 
-def reward_metrics(chosen: Pairs, rejected: Pairs) -> dict[str, Pairs]:
+def implicit_rewards(chosen_logratio: Pairs, rejected_logratio: Pairs, beta: float) -> tuple[Pairs, Pairs]:
+    """``beta * chosen_logratio`` and ``beta * rejected_logratio``, with gradient, after a check of all three.
+
+    Raises:
+        ValueError: shapes differ, or beta is not a finite number above 0.
+    """
+    check_same_shape(chosen_logratio=chosen_logratio, rejected_logratio=rejected_logratio)
+    check_positive(beta=beta)
+    return beta * chosen_logratio, beta * rejected_logratio
+
+
+def reward_metrics(chosen: Pairs, rejected: Pairs) -> dict[str, Tensor]:
     """The metrics of a pair, detached.
 
     Args:
