@@ -107,9 +107,9 @@ def hinge(chosen_logratio: Pairs, rejected_logratio: Pairs, *, beta: float = 0.1
 def exo(chosen_logratio: Pairs, rejected_logratio: Pairs, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> Loss:
     """Exact optimization from preferences: KL from the policy's choice (s(x), s(-x)) to the labels' (1 - e, e).
 
-    The reverse of smoothed DPO's KL, up to a constant: it seeks one mode. -ln 2 - log(e (1 - e)) / 2 where the policy is
-    the reference. Gradient: dL/dx = s(x) s(-x) (x - log((1 - e) / e)), which vanishes at both ends, so a pair that is
-    wrong by far hardly pulls.
+    The reverse of smoothed DPO's KL, up to a constant: it seeks one mode. Where the policy is the reference it is
+    -ln 2 - log(e (1 - e)) / 2. Gradient: dL/dx = s(x) s(-x) (x - log((1 - e) / e)), which vanishes at both ends, so a
+    pair that is wrong by far hardly pulls.
 
     Args:
         chosen_logratio: (pairs,) nats, summed over the completion.
@@ -139,8 +139,8 @@ def discopop(chosen_logratio: Pairs, rejected_logratio: Pairs, *, beta: float = 
     """DiscoPOP: the logistic loss where the margin is negative, the exponential one where it is positive.
 
     m exp(-x) is formed as one exponential, exp(log s(x / tau) - x), which for tau <= 1 is small on both sides; as
-    a product it is 0 times infinity below x = -88 in float32, which is NaN. For tau > 1 it grows to the left: it is held
-    at e^30 and goes on as a straight line. (1 + ln 2) / 2 where the policy is the reference.
+    a product it is 0 times infinity below x = -88 in float32, which is NaN. For tau > 1 it grows to the left: it is
+    held at e^30 and goes on as a straight line. (1 + ln 2) / 2 where the policy is the reference.
     Gradient: dL/dx = -(1 - m) s(-x) + m (1 - m) log s(x) / tau + m exp(-x) ((1 - m) / tau - 1).
 
     Args:

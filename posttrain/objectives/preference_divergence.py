@@ -40,8 +40,8 @@ def f_dpo(
     beta s(-x) g(rejected_logratio), g(u) being 1, exp(-u), s(-u) and exp((alpha - 1) u).
 
     Where an exponential passes e^30 its value goes on as a straight line and its slope is held, so that a completion
-    the policy has lost (a log-ratio below -30 / (1 - alpha)) is still pulled back. TRL cuts the exponent of alpha off at
-    80 instead, where the gradient is 0, and leaves that of forward_kl to overflow.
+    the policy has lost (a log-ratio below -30 / (1 - alpha)) is still pulled back. TRL cuts the exponent of alpha off
+    at 80 instead, beyond which the gradient is 0, and leaves that of forward_kl to overflow.
 
     Args:
         chosen_logratio: (pairs,) nats, summed over the completion.

@@ -19,6 +19,15 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = objectives.names()
 LETTERS = {"alpha", "beta", "gamma", "epsilon", "tau", "lam", "n", "c_min", "c_max", "label_smoothing"}
 WORDS = {"desirable_weight", "undesirable_weight", "threshold", "quantile", "keep", "inner", "gradient"}
+WORDS |= {"divergence", "form"}
+# data columns that an objective may ask for, one number a unit
+COLUMNS = {"chosen_win_probability", "rejected_win_probability"}
+# statistics that an objective holds constant somewhere, so that the value's own slope is not its gradient
+HELD = {
+    "direct_coverage": {"mean_logp"},
+    "tdpo": {"chosen_sum_forward_kl"},
+    "wpo": {f"{role}_mean_{kernel}" for role in ("chosen", "rejected") for kernel in ("logp", "log_sum_sq_probs")},
+}
 # what an objective needs to be called at all, beyond its defaults
 NEEDED = {"probability_threshold": {"quantile": 0.5}, "direct_coverage": {"n": 8}}
 UNITS = {"tokens": 12, "sequences": 4, "pairs": 4}
@@ -36,6 +45,9 @@ def made_up(name, dtype=torch.float64, units=None, seed=0):
     read = signature(objectives.get(name))
     inputs = {}
     for parameter in (*read.required, *read.optional):
+        if parameter in COLUMNS:
+            inputs[parameter] = torch.rand(count, generator=generator, dtype=torch.float64).to(dtype)
+            continue
         if parse(parameter) is None and parameter not in TOKEN_COLUMNS:
             continue
         shape = (count, 3) if "ids_logp" in parameter else (count,)
@@ -86,7 +98,7 @@ def test_its_parameters_are_statistics_and_hyperparameters(name):
     assert set(read.hyperparameters) <= LETTERS | WORDS
     prepared = set() if function.declaration.prepare is None else set(made_up(name)) - set(read.required)
     for parameter in (*read.required, *read.optional):
-        assert parse(parameter) or parameter in TOKEN_COLUMNS or parameter in prepared, parameter
+        assert parse(parameter) or parameter in prepared | COLUMNS | set(TOKEN_COLUMNS), parameter
     hints = inspect.signature(function).parameters.values()
     assert all(parameter.annotation is not parameter.empty for parameter in hints)
 
@@ -115,7 +127,7 @@ def test_one_value_per_unit_metrics_detached_inputs_untouched(name, dtype):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "dft"])
 def test_its_gradient_is_that_of_finite_differences(name):
     inputs = made_up(name)
-    keys = [key for key in differentiable(inputs) if key != "mean_logp"]
+    keys = [key for key in differentiable(inputs) if key not in HELD.get(name, ())]
 
     def values(*changed):
         return objectives.get(name)(**{**inputs, **dict(zip(keys, changed, strict=True))}, **options(name)).values
