@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from posttrain.assets import tiny_base_path
-from posttrain.config import DataSource, EvaluationConfig, EvaluationSource, ModelConfig, TokenizerConfig
+from posttrain.config import DataSource, EvaluationConfig, EvaluationSource, ModelConfig, RunConfig, TokenizerConfig
 from posttrain.data import formats, sources
 from posttrain.data.sources import Rows
 from posttrain.suggest import unknown
@@ -42,8 +42,15 @@ def location(name: str) -> str:
     return str(tiny_base_path()) if name == TINY_BASE else str(Path(name).expanduser()) if name[:1] == "~" else name
 
 
-def load_model(config: ModelConfig, *, key: str = "model") -> PreTrainedModel:
-    """A causal language model (with its adapter, where the folder holds one).
+def load_model(
+    config: ModelConfig, *, key: str = "model", kind: Any = AutoModelForCausalLM, **fixed: Any
+) -> PreTrainedModel:
+    """A model (with its adapter, where the folder holds one).
+
+    Args:
+        key: where it stands in the configuration, for messages.
+        kind: transformers' auto class; a causal language model unless told otherwise.
+        fixed: keywords of ``from_pretrained`` that the caller decides, not the configuration.
 
     Raises:
         ValueError: an unknown dtype or key, or nothing that can be loaded at ``name_or_path``.
@@ -55,7 +62,7 @@ def load_model(config: ModelConfig, *, key: str = "model") -> PreTrainedModel:
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     try:
-        return AutoModelForCausalLM.from_pretrained(place, dtype=config.dtype, **options)
+        return kind.from_pretrained(place, dtype=config.dtype, **{**options, **fixed})
     except OSError as error:
         raise ValueError(_not_loaded(f"{key}.name_or_path", config.name_or_path, error)) from error
     except TypeError as error:
@@ -64,6 +71,27 @@ def load_model(config: ModelConfig, *, key: str = "model") -> PreTrainedModel:
             raise
         known = _parameters(PreTrainedModel.from_pretrained) | AutoConfig.from_pretrained(place).to_dict().keys()
         raise ValueError(unknown("key", f"{key}.{strange[1]}", [f"{key}.{name}" for name in sorted(known)])) from error
+
+
+def trained_model(config: RunConfig, given: ModelConfig | None, *, key: str) -> ModelConfig:
+    """The model that a run has trained: ``given``, or the one in its ``trainer.output_dir``.
+
+    Raises:
+        ValueError: that folder holds no model, or is the base itself.
+    """
+    if given is not None:
+        return given
+    folder = Path(str(config.trainer.get("output_dir")))
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(
+            f"{key} is missing, and trainer.output_dir {str(folder)!r} holds no model; train this configuration first, "
+            "or name the fine-tuned model."
+        )
+    if folder.resolve() == Path(location(config.model.name_or_path)).resolve():
+        raise ValueError(f"model and trainer.output_dir are both {str(folder)!r}; name the base as model.name_or_path.")
+    return ModelConfig(
+        name_or_path=str(folder), dtype=config.model.dtype, attn_implementation=config.model.attn_implementation
+    )
 
 
 def load_tokenizer(config: TokenizerConfig, model: ModelConfig) -> PreTrainedTokenizerBase:

@@ -12,13 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from posttrain.annotation import check_output, write
-from posttrain.binding import Side
-from posttrain.config import ModelConfig, RunConfig
+from posttrain.config import RunConfig
 from posttrain.data.collation import ROW_NUMBER
-from posttrain.loading import load_model, load_rows, load_tokenizer, location
+from posttrain.loading import load_model, load_rows, load_tokenizer, trained_model
 from posttrain.modeling import StatisticsGroup, VocabRequest, attach
 from posttrain.prepared import given_rows, prepare_rows, refuse_processes
 from posttrain.run_record import versions
+from posttrain.side import Side
 
 Array = npt.NDArray[Any]
 
@@ -97,7 +97,8 @@ def score(config: RunConfig) -> tuple[Path, Dataset]:
         ValueError: no data or output, a streamed set, no fine-tuned model, one with another vocabulary, or data that
             have such columns already.
     """
-    settings, finetuned = config.scoring, _finetuned(config)
+    settings = config.scoring
+    finetuned = trained_model(config, settings.finetuned, key="scoring.finetuned")
     if config.data.train is None or settings.output is None:
         missing = "data.train" if config.data.train is None else "scoring.output"
         raise ValueError(f"{missing} is missing; `score` needs rows to score and a .jsonl or .parquet file to write.")
@@ -137,22 +138,6 @@ def score(config: RunConfig) -> tuple[Path, Dataset]:
         "versions": versions(),
     }
     return write(kept, settings.output, about, key="scoring.output"), kept
-
-
-def _finetuned(config: RunConfig) -> ModelConfig:
-    if config.scoring.finetuned is not None:
-        return config.scoring.finetuned
-    folder = Path(str(config.trainer.get("output_dir")))
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise ValueError(
-            f"scoring.finetuned is missing, and trainer.output_dir {str(folder)!r} holds no model; train this "
-            "configuration first, or name the fine-tuned model."
-        )
-    if folder.resolve() == Path(location(config.model.name_or_path)).resolve():
-        raise ValueError(f"model and trainer.output_dir are both {str(folder)!r}; name the base as model.name_or_path.")
-    return ModelConfig(
-        name_or_path=str(folder), dtype=config.model.dtype, attn_implementation=config.model.attn_implementation
-    )
 
 
 def summary(rows: Dataset) -> list[tuple[str, str, str, str, str]]:
