@@ -8,6 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """float64 for sums over many tokens, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def segment_sum(values: Float[Tensor, " tokens"], lengths: Int[Tensor, " sequences"]) -> Float[Tensor, " sequences"]:
     """Sum of each sequence's tokens; the tokens of one sequence lie together, in the order of ``lengths``.
 
@@ -49,15 +54,17 @@ class StepCounts:
     """The denominators of one optimizer step, over its micro-batches and all ranks.
 
     Args:
-        units: ``tokens`` and ``sequences`` -> 0-d tensors.
+        units: name of a denominator (``tokens``, ``pairs``, ``chosen_tokens``, ...) -> 0-d tensor.
         batches: the step's micro-batches, kept for a counting pass; empty once nothing needs them.
         denominators: term index -> sum of the term's weights, for terms that return a weight.
-        prepared: term index -> what the term's ``prepare`` returned.
+        prepared: term index -> for each micro-batch, what the term's ``prepare`` returned.
         resolved: whether ``denominators`` and ``prepared`` are filled.
+        seen: micro-batches whose loss was formed already.
     """
 
     units: Mapping[str, Tensor]
     batches: list[dict] = field(default_factory=list)
     denominators: dict[int, Tensor] = field(default_factory=dict)
-    prepared: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    prepared: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)
     resolved: bool = False
+    seen: int = 0

@@ -44,7 +44,16 @@ class Statistic:
 
     @property
     def kernel_names(self) -> tuple[str, ...]:
-        """The kernel statistics that have to be computed for this one."""
+        """The kernel statistics of the policy that have to be computed for this one."""
+        return () if self.reference else self._needed
+
+    @property
+    def reference_kernel_names(self) -> tuple[str, ...]:
+        """The kernel statistics of the reference model that have to be known for this one."""
+        return self._needed if self.reference or self.kernel == "logratio" else ()
+
+    @property
+    def _needed(self) -> tuple[str, ...]:
         if self.kernel in ("length", "hidden"):
             return ()
         if self.kernel in ("probability", "logratio", "sequence_logp"):

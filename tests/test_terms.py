@@ -41,7 +41,7 @@ def test_prepare_binds_only_when_it_is_needed():
     absolute = one({"name": "probability_threshold", "threshold": 0.2})
     quantile = one({"name": "probability_threshold", "quantile": 0.5})
     assert not absolute.prepares and absolute.counts_weight
-    assert quantile.prepares and quantile.prepared_names == {"probability_quantile"}
+    assert quantile.prepares
 
 
 def test_columns_bind_by_name():

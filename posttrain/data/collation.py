@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from posttrain.binding import Side
+from posttrain.side import Side
 from posttrain.statistics import TOKEN_COLUMNS
 
 ROW_NUMBER = "row_number"

@@ -13,12 +13,12 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from posttrain.binding import Side
 from posttrain.diagnosis.tolerance import head_bounds
 from posttrain.kernels import LMHead, vocab_statistics
 from posttrain.kernels.tolerance import keep_rows
 from posttrain.modeling import VocabRequest
 from posttrain.prepared import PreparedRows
+from posttrain.side import Side
 
 TOLERANCES = (1e-4, 1e-3, 1e-2)
 

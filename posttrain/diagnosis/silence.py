@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain import objectives
-from posttrain.binding import Side, bind
+from posttrain.binding import bind
+from posttrain.side import Side
 from posttrain.terms import Available, Term, bound_inputs, build_terms
 
 # A token counts as silenced below this share of the pull that nll gives every token.

@@ -34,7 +34,9 @@ class State(Protocol):
     their detached values over the whole step and all ranks; a loss reads the state as it stood before its step.
     """
 
-    update: Callable[..., None]
+    @property
+    def update(self) -> Callable[..., None]:
+        """The method that takes in a step; its parameters differ from class to class."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Named 0-d tensors, which bind like statistics in the objective and in its ``prepare``."""

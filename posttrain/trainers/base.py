@@ -3,39 +3,37 @@
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer_utils import EvalLoopOutput
 
-from posttrain.binding import Side, wanted_groups
+from posttrain.binding import reference_groups, wanted_groups
 from posttrain.config import KernelConfig
 from posttrain.modeling import StatisticsGroup, VocabRequest, check_head
 from posttrain.objectives import Loss
 from posttrain.reduction import StepCounts, divide, weighted_sum
-from posttrain.terms import KernelOptions, Term
+from posttrain.side import Side
+from posttrain.term import KernelOptions, Term
+from posttrain.trainers.checkpoints import StatesInCheckpoints
 from posttrain.trainers.coupling import (
     Computed,
+    States,
     bind_term,
     count_columns,
     detached,
     preserved_random_state,
     resolve,
 )
+from posttrain.trainers.evaluating import NOT_FOR_MODEL, EvaluationMixin
 from posttrain.trainers.finite import check_finite
 from posttrain.trainers.metrics import CertificateBounds, MetricSums
 from posttrain.trainers.one_pass import in_one_pass, read, use_one_pass
 
-if TYPE_CHECKING:
-    from transformers import Trainer as Host
-else:
-    Host = object
-
 LOGGED = ("logp", "entropy", "is_top1")
 
 
-class ObjectiveMixin(Host):
+class ObjectiveMixin(EvaluationMixin, StatesInCheckpoints):
     """Goes before a TRL trainer in the bases; that trainer keeps data preparation, PEFT set-up and saving.
 
     The loss of a step is the sum over terms of ``weight * sum(values) / denominator``, the denominator counted over
@@ -52,8 +50,11 @@ class ObjectiveMixin(Host):
         self._one_pass = use_one_pass(kernel, terms)
         self._certificates = CertificateBounds() if kernel.gradient_tolerance > 0 else None
         self._groups = wanted_groups(self.terms, LOGGED)
+        self._reference_groups = reference_groups(self.terms)
+        self._counted = tuple(dict.fromkeys(("tokens", *(term.denominator for term in self.terms))))
+        self.states = States(self.terms)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
-        self._evaluated: list[tuple[Computed, Side]] | None = None
+        self._evaluated, self._evaluated_apart = None, []
         self._head_checked = False
         self._clock, self._clock_tokens, self._all_tokens = time.perf_counter(), 0, 0
 
@@ -61,12 +62,14 @@ class ObjectiveMixin(Host):
         self, batch_samples: list[dict[str, Any]], device: torch.device
     ) -> StepCounts:
         """Count each unit over the step's micro-batches and all ranks, before the step's first forward."""
-        sizes = [batch["side"].sizes for batch in batch_samples]
-        local = torch.tensor([sum(size[unit] for size in sizes) for unit in ("tokens", "sequences")], device=device)
-        tokens, sequences = self.accelerator.reduce(local, "sum")
-        counts = StepCounts({"tokens": tokens, "sequences": sequences}, batch_samples)
+        counts = StepCounts(self._count([batch["side"] for batch in batch_samples], device), batch_samples)
         count_columns(counts, self.terms, self.accelerator)
         return counts
+
+    def _count(self, sides: Sequence[Side], device: torch.device) -> dict[str, Tensor]:
+        """Each denominator that a term may need, over these micro-batches and all ranks."""
+        local = [sum(side.count(name) for side in sides) for name in self._counted]
+        return dict(zip(self._counted, self.accelerator.reduce(torch.tensor(local, device=device), "sum"), strict=True))
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -84,13 +87,13 @@ class ObjectiveMixin(Host):
         if not isinstance(counts, StepCounts):
             counts = self._get_num_items_in_batch([inputs], inputs["input_ids"].device)
         self._check_head_once(model, inputs)
-        if self._coupled and not counts.resolved and len(counts.batches) > 1:
+        if self._coupled and not counts.resolved and (len(counts.batches) > 1 or self._prepares_apart):
             self._count_step(model, counts)
         one_pass = self._one_pass and torch.is_grad_enabled()
         with self._certificates.recorded() if self._certificates else nullcontext():
             computed, side, outputs = self._statistics(model, inputs, counts if one_pass else None)
         if self._coupled and not counts.resolved:
-            resolve(counts, self.terms, [(detached(computed), side)], self.accelerator)
+            resolve(counts, self.terms, [(detached(computed), side)], self.accelerator, states=self.states)
         shares = self._reduce(counts, computed, side, self._sums["train"])
         auxiliary = self._auxiliary(outputs, len(counts.batches), "train")
         check_finite(self.terms, [*shares, auxiliary], computed, side, self.state.global_step)
@@ -99,6 +102,11 @@ class ObjectiveMixin(Host):
         loss = share * self.accelerator.num_processes + auxiliary
         self._log_tokens(computed, side, self._sums["train"])
         self._clock_tokens += side.num_tokens
+        counts.seen += 1
+        if torch.is_grad_enabled():
+            self.states.observe(computed, side)
+            if counts.seen == len(counts.batches):
+                self.states.update(self.accelerator)
         return (loss, outputs) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,6 +125,9 @@ class ObjectiveMixin(Host):
     def _coupled(self) -> bool:
         return any(term.needs_whole_step for term in self.terms)
 
+    # whether `prepare` reads other sequences than the loss does
+    _prepares_apart = False
+
     def _statistics(
         self, model: nn.Module, inputs: dict[str, Any], one_pass: StepCounts | None = None
     ) -> tuple[Computed, Side, Any]:
@@ -125,7 +136,8 @@ class ObjectiveMixin(Host):
         With the step's counts as ``one_pass`` it also forms the gradients, and the statistics are detached.
         """
         side: Side = inputs["side"]
-        model_inputs = {key: value for key, value in inputs.items() if key not in ("side", "labels")}
+        model_inputs = {key: value for key, value in inputs.items() if key not in NOT_FOR_MODEL}
+        reference, teacher = self._frozen(model, model_inputs, side)
         groups = tuple(
             StatisticsGroup(
                 wanted=wanted,
@@ -140,7 +152,7 @@ class ObjectiveMixin(Host):
             target_index=side.target_index,
             targets=side.targets,
             groups=groups,
-            teacher=self._teacher_states(model_inputs, side),
+            teacher=teacher,
             backend=self.kernel.backend,
             gradient_tolerance=self.kernel.gradient_tolerance,
             budget=self.kernel.budget,
@@ -150,36 +162,54 @@ class ObjectiveMixin(Host):
         outputs = model(**model_inputs, vocab_request=request)
         answers = outputs.statistics if one_pass is None else read(outputs.statistics[0], tuple(self._groups))
         computed = {
-            options: {name: statistics[name] for name in self._groups[options]}
+            options: {name: statistics[name] for name in self._groups[options]} | dict(reference.get(options, {}))
             for options, statistics in zip(self._groups, answers, strict=True)
         }
         return computed, side, outputs
 
-    def _teacher_states(self, model_inputs: dict[str, Any], side: Side) -> Any:
-        return None
+    def _frozen(self, model: nn.Module, model_inputs: dict[str, Any], side: Side) -> tuple[Computed, Any]:
+        """What models that are not trained say of a micro-batch.
+
+        Returns:
+            the reference model's statistics, named ``reference_`` + kernel name, where they are not among the columns
+            already; and (hidden, head) of the teacher, or None.
+        """
+        return {}, None
+
+    def _prepared_from(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Computed, Side]:
+        """Statistics and side that the terms' ``prepare`` reads of a micro-batch."""
+        computed, side, _ = self._statistics(model, inputs)
+        return computed, side
 
     def _count_step(self, model: nn.Module, counts: StepCounts) -> None:
         """A no-gradient pass over the step's micro-batches, drawing the random numbers that the real pass will draw."""
         batches: list[tuple[Computed, Side]] = []
-        device = self.accelerator.device
-        with torch.no_grad(), preserved_random_state(device):
+        apart: list[tuple[Computed, Side]] = []
+        weighs = any(term.counts_weight and not term.weight_from_columns for term in self.terms)
+        with torch.no_grad(), preserved_random_state(self.accelerator.device):
             for batch in counts.batches:
-                computed, side, _ = self._statistics(model, self._prepare_inputs(batch))
-                batches.append((computed, side))
-        resolve(counts, self.terms, batches, self.accelerator)
+                inputs = self._prepare_inputs(batch)
+                if weighs or not self._prepares_apart:
+                    batches.append(self._statistics(model, inputs)[:2])
+                if self._prepares_apart:
+                    apart.append(self._prepared_from(model, inputs))
+        prepared_from = apart if self._prepares_apart else None
+        resolve(counts, self.terms, batches or apart, self.accelerator, states=self.states, prepared_from=prepared_from)
 
     def _reduce(self, counts: StepCounts, computed: Computed, side: Side, sums: MetricSums) -> list[Tensor]:
         """Each term's weighted share of the step's loss."""
         shares: list[Tensor] = []
         for index, term in enumerate(self.terms):
-            loss = term(bind_term(term, computed, side, counts.prepared.get(index, {})))
+            prepared = counts.prepared[index][counts.seen] if index in counts.prepared else {}
+            remembered = self.states.tensors(index, side.targets.device)
+            loss = term(bind_term(term, computed, side, {**remembered, **prepared}))
             self._check_units(term, loss, side)
             if loss.weight is not None and index not in counts.denominators:
                 raise ValueError(
                     f"objective {term.name!r} returned a weight now and none on its trial call at the start; declare "
                     "it with `declare(..., model_weight=True)` so that the step's weights are counted."
                 )
-            denominator = counts.denominators.get(index, counts.units[term.declaration.unit])
+            denominator = counts.denominators.get(index, counts.units[term.denominator])
             shares.append(term.weight * divide(weighted_sum(loss.values, loss.weight), denominator))
             for name, values in loss.metrics.items():
                 sums.add(f"{term.name}/{name}", values)
@@ -188,7 +218,7 @@ class ObjectiveMixin(Host):
         return shares
 
     def _check_units(self, term: Term, loss: Loss, side: Side) -> None:
-        expected = side.sizes[term.declaration.unit]
+        expected = side.size(term.declaration.unit, term.role)
         if loss.values.shape[0] != expected:
             raise ValueError(
                 f"objective {term.name!r} declares the unit {term.declaration.unit} and returned "
@@ -215,69 +245,6 @@ class ObjectiveMixin(Host):
         self._head_checked = True
         with preserved_random_state(self.accelerator.device):
             check_head(model, inputs["input_ids"][:1, :8])
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Collect the statistics of an evaluation batch; `evaluation_loop` reduces them over the whole set."""
-        inputs = self._prepare_inputs(inputs)
-        logits = labels = None
-        with torch.no_grad(), self.compute_loss_context_manager():
-            self._check_head_once(model, inputs)
-            computed, side, outputs = self._statistics(model, inputs)
-            self._auxiliary(outputs, 1, "eval")
-            if not prediction_loss_only:
-                plain = {key: value for key, value in inputs.items() if key not in ("side", "labels")}
-                logits, labels = model(**plain).logits, inputs.get("labels")
-        if self._evaluated is not None:
-            computed, side = self._without_repeats(computed, side)
-            # the whole set's statistics wait on the CPU for its quantiles and counts
-            waiting = {o: {name: values.cpu() for name, values in group.items()} for o, group in computed.items()}
-            self._evaluated.append((waiting, side.to("cpu")))
-        return torch.zeros((), device=inputs["input_ids"].device), logits, labels
-
-    def _without_repeats(self, computed: Computed, side: Side) -> tuple[Computed, Side]:
-        """Leave out the rows with which accelerate fills the last batch so that every rank has one."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return computed, side
-        real = state.remainder - self.accelerator.process_index * side.rows
-        if real >= side.rows:
-            return computed, side
-        side, tokens = side.first_rows(max(real, 0))
-        kept = {
-            options: {name: values[tokens] for name, values in group.items()} for options, group in computed.items()
-        }
-        return kept, side
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """TRL's loop, with the loss and metrics as sums over the whole set divided by its counts."""
-        started = time.perf_counter()
-        self._evaluated = []
-        output = super().evaluation_loop(*args, **kwargs)
-        batches, self._evaluated = self._evaluated, None
-        sums = self._sums["eval"]
-        local = [sum(side.sizes[unit] for _, side in batches) for unit in ("tokens", "sequences")]
-        device = self.accelerator.device
-        tokens, sequences = self.accelerator.reduce(torch.tensor(local, device=device), "sum")
-        counts = StepCounts({"tokens": tokens, "sequences": sequences})
-        resolve(counts, self.terms, batches, self.accelerator)
-        loss = torch.zeros(())
-        for computed, side in batches:
-            loss = loss + torch.stack(self._reduce(counts, computed, side, sums)).sum()
-            self._log_tokens(computed, side, sums)
-        loss = self.accelerator.reduce(loss.to(device), "sum").item()
-        metrics = sums.reduce(self.accelerator)
-        if "aux_loss" in metrics:
-            loss += self.router_aux_loss_coef * metrics["aux_loss"]
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        found = {f"{prefix}_{name}": value for name, value in {"loss": loss, **metrics}.items()}
-        self.exclude_from_clock(time.perf_counter() - started)
-        return output._replace(metrics={**(output.metrics or {}), **found})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log, reduced over micro-batches and ranks."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from posttrain.binding import Side
+from posttrain.side import Side
 from posttrain.terms import KernelOptions, Term
 from posttrain.trainers.coupling import Computed
 

@@ -8,11 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from posttrain.kernels import Certificate, record_certificates
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """float64 for sums over many tokens, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+from posttrain.reduction import sum_dtype
 
 
 class MetricSums:

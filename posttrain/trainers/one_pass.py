@@ -6,12 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from posttrain.binding import Side, bind_column
+from posttrain.binding import bind_column
 from posttrain.config import KernelConfig
 from posttrain.kernels import LMHead, VocabStatistics, vocab_loss, vocab_statistics
 from posttrain.modeling import VocabRequest
 from posttrain.modeling.request import on_device
 from posttrain.reduction import StepCounts, divide, weighted
+from posttrain.side import Side
 from posttrain.terms import KernelOptions, Term
 from posttrain.trainers.coupling import bind_term
 

@@ -10,15 +10,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from posttrain.binding import Side
 from posttrain.config import KernelConfig
 from posttrain.data.collation import ROW_NUMBER
 from posttrain.data.preparation import column_names, finish, number_rows, without_truncation
 from posttrain.modeling import VocabRequest, attach
 from posttrain.sharding import unsharded
+from posttrain.side import Side
 from posttrain.terms import Available, Objective, Term, build_terms
 from posttrain.trainers import trl_adapter
 from posttrain.trainers.base import ObjectiveMixin
+from posttrain.trainers.coupling import Computed
 from posttrain.trainers.kernel import check_kernel, kernel_config
 
 TEXT_COLUMNS = frozenset(
@@ -76,7 +77,7 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
         kernel = kernel_config(kernel)
         check_kernel(kernel, terms, args.device)
         _check_streams(args, train_dataset, eval_dataset)
-        self._columns = tuple(dict.fromkeys(name for term in terms for name in (*term.columns, *term.prepare_columns)))
+        self._columns = tuple(dict.fromkeys(name for term in terms for name in term.all_columns))
         self._sequence_term = next((term.name for term in terms if _needs_sequences(term)), None)
         _check_eval_columns(eval_dataset, self._columns)
         _check_packing(args, self._sequence_term, self._columns)
@@ -120,12 +121,12 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
         return (teacher if placed else teacher.to(self.accelerator.device)).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def _teacher_states(self, model_inputs: dict[str, Any], side: Side) -> Any:
+    def _frozen(self, model: nn.Module, model_inputs: dict[str, Any], side: Side) -> tuple[Computed, Any]:
         if self.teacher is None:
-            return None
+            return {}, None
         request = VocabRequest(side.target_index, side.targets, return_hidden=True, return_head=True)
         outputs = self.teacher(**model_inputs, vocab_request=request)
-        return outputs.hidden, outputs.head
+        return {}, (outputs.hidden, outputs.head)
 
     def _prepare_dataset(
         self,
@@ -195,8 +196,7 @@ def _check_streams(args: SFTConfig, train_dataset: AnyDataset, eval_dataset: Any
 
 
 def _needs_sequences(term: Term) -> bool:
-    statistics = (*term.statistics.values(), *term.prepare_inputs.values())
-    return term.declaration.unit != "tokens" or any(statistic.unit != "tokens" for statistic in statistics)
+    return term.declaration.unit != "tokens" or any(one.unit != "tokens" for one in term.all_statistics)
 
 
 def _check_eval_columns(eval_dataset: Any, columns: tuple[str, ...]) -> None:

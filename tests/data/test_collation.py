@@ -59,7 +59,7 @@ def test_teacher_slots_are_padded_with_weight_zero():
 
 def test_an_all_masked_batch_has_no_targets():
     side = CompletionCollator(pad_token_id=0, columns=("score",))([ROWS[1]])["side"]
-    assert side.sizes == {"tokens": 0, "sequences": 0} and side.sequence_columns["score"].shape == (0,)
+    assert side.size("tokens") == side.size("sequences") == 0 and side.sequence_columns["score"].shape == (0,)
 
 
 @pytest.mark.parametrize(

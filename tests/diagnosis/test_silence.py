@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from posttrain.binding import Side
+from posttrain.side import Side
 from posttrain.diagnosis.silence import SILENT_BELOW, candidates, gradient_factors, silenced
 
 PROBABILITIES = [0.005, 0.1, 0.5, 0.999]
