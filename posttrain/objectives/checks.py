@@ -60,6 +60,17 @@ def check_in_range(low: float, high: float, /, **numbers: float) -> None:
             raise ValueError(f"{name} is {number!r}; give {allowed}.")
 
 
+def check_below_one(**shares: float) -> None:
+    """Refuse hyper-parameters that are not numbers from 0 to below 1.
+
+    Raises:
+        ValueError: names the parameter and what was found.
+    """
+    for name, share in shares.items():
+        if not _is_number(share) or not 0 <= share < 1:
+            raise ValueError(f"{name} is {share!r}; give a number from 0 to below 1.")
+
+
 def check_integer(low: int, /, **numbers: int) -> None:
     """Refuse hyper-parameters that are not whole numbers of at least ``low``.
 

@@ -19,13 +19,17 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = objectives.names()
 LETTERS = {"alpha", "beta", "gamma", "epsilon", "tau", "lam", "n", "c_min", "c_max", "label_smoothing"}
 WORDS = {"desirable_weight", "undesirable_weight", "threshold", "quantile", "keep", "inner", "gradient"}
-WORDS |= {"divergence", "form"}
+WORDS |= {"divergence", "form", "delta", "rho", "decay", "seed", "shift"}
 # data columns that an objective may ask for, one number a unit
-COLUMNS = {"chosen_win_probability", "rejected_win_probability"}
+COLUMNS = {"chosen_win_probability", "rejected_win_probability", "score_margin", "preference_probability"}
+COLUMNS |= {"reward_margin", "desirable", "density_weight"}
+# optional columns that stand in for others
+ALTERNATIVES = {"mmpo": "preference_probability"}
 # statistics that an objective holds constant somewhere, so that the value's own slope is not its gradient
 HELD = {
     "direct_coverage": {"mean_logp"},
     "tdpo": {"chosen_sum_forward_kl"},
+    "aot_unpaired": {"rejected_logratio"},
     "wpo": {f"{role}_mean_{kernel}" for role in ("chosen", "rejected") for kernel in ("logp", "log_sum_sq_probs")},
 }
 # what an objective needs to be called at all, beyond its defaults
@@ -38,30 +42,54 @@ def options(name):
 
 
 def made_up(name, dtype=torch.float64, units=None, seed=0):
-    """Inputs of plausible size by the names in the signature, prepared ones included."""
+    """Inputs of plausible size by the names in the signature, prepared and remembered ones included."""
     declaration = objectives.get(name).declaration
     count = UNITS[declaration.unit] if units is None else units
     generator = torch.Generator().manual_seed(seed)
     read = signature(objectives.get(name))
     inputs = {}
     for parameter in (*read.required, *read.optional):
+        if parameter == ALTERNATIVES.get(name):
+            continue
         if parameter in COLUMNS:
             inputs[parameter] = torch.rand(count, generator=generator, dtype=torch.float64).to(dtype)
-            continue
-        if parse(parameter) is None and parameter not in TOKEN_COLUMNS:
-            continue
-        shape = (count, 3) if "ids_logp" in parameter else (count,)
-        values = 0.05 + 3 * torch.rand(shape, generator=generator, dtype=torch.float64)
-        inputs[parameter] = (-values if parameter.endswith("logp") else values).to(dtype).requires_grad_()
-    return inputs if declaration.prepare is None else inputs | prepare(name, inputs)
+        elif parse(parameter) or parameter in TOKEN_COLUMNS:
+            inputs[parameter] = made_up_statistic(parameter, count, generator).to(dtype).requires_grad_()
+    remembered = {key: value for key, value in state(name).items() if key in read.required}
+    return inputs | remembered | ({} if declaration.prepare is None else prepare(name, inputs))
+
+
+def made_up_statistic(parameter, count, generator):
+    shape = (count, 3) if "ids_logp" in parameter else (count,)
+    values = 0.05 + 3 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    return -values if parameter.endswith("logp") else values
+
+
+def state(name):
+    """The tensors of the objective's state as it starts."""
+    cls = objectives.get(name).declaration.state
+    return {} if cls is None else cls(**accepted(cls, name)).tensors()
+
+
+def accepted(function, name):
+    """Those of the objective's hyper-parameters that a function takes."""
+    merged = {**signature(objectives.get(name)).hyperparameters, **options(name)}
+    return {key: value for key, value in merged.items() if key in signature(function).hyperparameters}
 
 
 def prepare(name, inputs):
     """What the objective's own ``prepare`` makes of the inputs, taken as the whole step."""
     function = objectives.get(name).declaration.prepare
-    asked = signature(function)
-    given = {key: value.detach() for key, value in inputs.items() if key in asked.required}
-    return function(**given, **{k: v for k, v in options(name).items() if k in asked.hyperparameters})
+    first = next(iter(inputs.values()))
+    generator = torch.Generator().manual_seed(1)
+    given = {}
+    for key in signature(function).required:
+        if key in inputs:
+            given[key] = inputs[key].detach()
+        elif parse(key):
+            given[key] = made_up_statistic(key, first.shape[0], generator).to(first.dtype)
+    remembered = {key: value for key, value in state(name).items() if key in signature(function).required}
+    return function(**given, **remembered, **accepted(function, name))
 
 
 def differentiable(inputs):
@@ -96,9 +124,10 @@ def test_its_parameters_are_statistics_and_hyperparameters(name):
     function = objectives.get(name)
     read = signature(function)
     assert set(read.hyperparameters) <= LETTERS | WORDS
-    prepared = set() if function.declaration.prepare is None else set(made_up(name)) - set(read.required)
+    prepared = set() if function.declaration.prepare is None else set(prepare(name, made_up(name)))
+    others = prepared | set(state(name)) | COLUMNS | set(TOKEN_COLUMNS)
     for parameter in (*read.required, *read.optional):
-        assert parse(parameter) or parameter in prepared | COLUMNS | set(TOKEN_COLUMNS), parameter
+        assert parse(parameter) or parameter in others, parameter
     hints = inspect.signature(function).parameters.values()
     assert all(parameter.annotation is not parameter.empty for parameter in hints)
 
@@ -143,6 +172,12 @@ def test_units_do_not_see_each_other(name):
     torch.testing.assert_close(objectives.get(name)(**part, **options(name)).values, loss.values[1:3])
 
 
+def varies(key):
+    """A statistic of the model; a length stays as it is, lest a ratio of sum and length does too."""
+    statistic = parse(key)
+    return statistic is not None and statistic.kernel != "length"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_token_local_is_declared_where_it_holds_and_nowhere_else(name):
     """One token's statistics change: its own value alone may follow, and no weight."""
@@ -152,7 +187,7 @@ def test_token_local_is_declared_where_it_holds_and_nowhere_else(name):
     others = torch.arange(UNITS[declaration.unit]) != 2
     local = declaration.unit == "tokens"
     for factor in (1e-3, 50.0):
-        changed = {key: value.detach().clone() for key, value in plain.items() if parse(key)}
+        changed = {key: value.detach().clone() for key, value in plain.items() if varies(key)}
         for value in changed.values():
             value[2] *= factor
         prepared = plain if declaration.prepare is None else prepare(name, changed)

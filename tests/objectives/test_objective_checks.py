@@ -33,6 +33,12 @@ def test_in_range(low, high, found, allowed):
     checks.check_in_range(low, high, tau=max(low, -5) if math.isinf(high) else high)
 
 
+@pytest.mark.parametrize("found", [1, 1.0, -0.1, math.nan, False, "0.5"])
+def test_below_one(found):
+    with pytest.raises(ValueError, match=r"decay is .*from 0 to below 1"):
+        checks.check_below_one(rho=0, decay=found)
+
+
 @pytest.mark.parametrize("found", [0, 1.0, "8", True])
 def test_integer(found):
     with pytest.raises(ValueError, match=r"n is .*whole number of at least 1"):
@@ -55,7 +61,7 @@ def test_shapes():
 
 
 def test_names_families_and_paths_lead_to_the_same_functions():
-    assert set(objectives.families()) == {"supervised", "confidence", "distillation"}
+    assert set(objectives.families()) == {"supervised", "confidence", "distillation", "preference", "binary_feedback"}
     assert sorted(objectives.names()) == sorted(name for family in objectives.families().values() for name in family)
     assert len(set(objectives.names())) == len(objectives.names())
     nll = objectives.get("nll")
