@@ -64,7 +64,7 @@ def check_head(
         difference, accepted, dtype = head_difference(
             model, input_ids, attention_mask, tolerance=tolerance, backend=backend
         )
-    if _on_any_rank(not difference <= accepted, input_ids.device):
+    if on_any_rank(not difference <= accepted, input_ids.device):
         raise RuntimeError(_explanation(base, difference, accepted, dtype))
     return difference
 
@@ -98,7 +98,7 @@ def head_difference(
         return {"rows": rows, "logp": answer["logp"]}
 
     request = VocabRequest(index, targets, compute=dense_and_kernel)
-    with _evaluating(model):
+    with evaluating(model):
         logits = model(**inputs, use_cache=False).logits
         ours = model(**inputs, vocab_request=request).statistics[0]
     if logits.shape[:2] != input_ids.shape:
@@ -150,7 +150,8 @@ def _relative(dtype: torch.dtype, tolerance: float | None) -> float:
     return HEAD_TOLERANCE[dtype]
 
 
-def _on_any_rank(failed: bool, device: torch.device) -> bool:
+def on_any_rank(failed: bool, device: torch.device) -> bool:
+    """Whether something failed on any of the ranks, all of which have to ask."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return failed
     flag = torch.tensor(float(failed), device=device)
@@ -171,7 +172,8 @@ def _explanation(base: PreTrainedModel, difference: float, accepted: float, dtyp
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within, each module's own mode after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
