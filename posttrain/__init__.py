@@ -5,13 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.objectives import Loss, declare
-    from posttrain.trainers import SupervisedTrainer
+    from posttrain.trainers import PreferenceTrainer, SupervisedTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["Loss", "SupervisedTrainer", "declare"]
+__all__ = ["Loss", "PreferenceTrainer", "SupervisedTrainer", "declare"]
 
-_HOMES = {"SupervisedTrainer": "posttrain.trainers", "Loss": "posttrain.objectives", "declare": "posttrain.objectives"}
+_HOMES = {
+    "PreferenceTrainer": "posttrain.trainers",
+    "SupervisedTrainer": "posttrain.trainers",
+    "Loss": "posttrain.objectives",
+    "declare": "posttrain.objectives",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from posttrain import run_record
-from posttrain.config import ModelConfig, RunConfig, peft_config, trainer_config_class
+from posttrain.config import ModelConfig, RunConfig, trainer_config_class
 from posttrain.config.resolve import on_cpu
 from posttrain.evaluation import HarnessTask, Report, evaluate, harness, plot_pass_at_k
 from posttrain.loading import load_model, load_rows, load_sources, load_tokenizer, location
@@ -66,16 +66,22 @@ def prepare(config: RunConfig) -> Run:
     """
     if config.data.train is None:
         raise ValueError("data.train is missing; name a path or a task to train on.")
+    from posttrain.trainers.build import build
+
     # before the model: under ZeRO-3 this is what makes from_pretrained shard while it loads
     args = trainer_config_class(config.method)(**config.trainer)
     set_seed(args.seed)
     checkpoint = _guard(config)
     tokenizer = load_tokenizer(config.tokenizer, config.model)
     with PartialState().local_main_process_first():
-        train_rows = load_rows(config.data.train, tokenizer, key="data.train")
-        eval_rows = load_rows(config.data.eval, tokenizer, key="data.eval") if config.data.eval is not None else None
+        train_rows = load_rows(config.data.train, tokenizer, key="data.train", method=config.method)
+        eval_rows = (
+            load_rows(config.data.eval, tokenizer, key="data.eval", method=config.method)
+            if config.data.eval is not None
+            else None
+        )
         sources = load_sources(config.evaluation, tokenizer)
-    trainer = _trainer(config, args, tokenizer, train_rows, eval_rows)
+    trainer = build(config, args, tokenizer, train_rows, eval_rows)
     run = Run(config, args, tokenizer, trainer, sources, checkpoint)
     _check_evaluation(run)
     return run
@@ -170,26 +176,6 @@ def _check_evaluation(run: Run) -> None:
             f"evaluation.every is {every}, and {engine} keeps the model in parts while it trains; set it to null, or "
             "launch on one process or DDP."
         )
-
-
-def _trainer(config: RunConfig, args: Any, tokenizer: Any, train_rows: Any, eval_rows: Any) -> Any:
-    from posttrain.trainers import SupervisedTrainer
-
-    teacher = None
-    if config.teacher is not None:
-        with unsharded(args):
-            teacher = load_model(config.teacher, key="teacher")
-    return SupervisedTrainer(
-        model=load_model(config.model),
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        peft_config=peft_config(config.peft),
-        objective=config.objective,
-        kernel=config.kernel,
-        teacher=teacher,
-    )
 
 
 def _is_sharded(run: Run) -> bool:

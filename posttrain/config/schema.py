@@ -145,6 +145,7 @@ class RunConfig:
         kernel: how the statistics of the vocabulary are computed.
         peft: None, or keys of ``peft.LoraConfig`` (of another class where ``peft_type`` names one).
         reference: ``auto``, ``cached``, ``adapter_off``, ``model`` or ``none``.
+        reference_model: None takes the model as it is before training.
         resume: true continues from the output folder's last checkpoint, a path from that checkpoint.
         overwrite: an earlier run's files in the output folder may be replaced.
     """
@@ -159,6 +160,7 @@ class RunConfig:
     kernel: KernelConfig = field(default_factory=KernelConfig)
     peft: dict[str, Any] | None = None
     reference: str = "auto"
+    reference_model: ModelConfig | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     annotation: AnnotationConfig = field(default_factory=AnnotationConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)

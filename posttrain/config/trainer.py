@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 from posttrain.config.values import convert, join
 from posttrain.suggest import unknown
 
-METHODS: Mapping[str, str] = {"supervised": "SFTConfig"}
+METHODS: Mapping[str, str] = {"supervised": "SFTConfig", "preference": "DPOConfig", "binary_feedback": "KTOConfig"}
 
 
 def check_method(method: str) -> None:

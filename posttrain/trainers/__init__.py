@@ -2,6 +2,7 @@
 
 from posttrain.trainers.base import ObjectiveMixin
 from posttrain.trainers.finite import NonFiniteLossError
+from posttrain.trainers.preference import PreferenceTrainer
 from posttrain.trainers.supervised import SupervisedTrainer
 
-__all__ = ["NonFiniteLossError", "ObjectiveMixin", "SupervisedTrainer"]
+__all__ = ["NonFiniteLossError", "ObjectiveMixin", "PreferenceTrainer", "SupervisedTrainer"]

@@ -64,12 +64,7 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
     ) -> None:
         args = _sft_config(args, model)
         trl_adapter.refuse_replaced_settings(args)
-        for name in ("data_collator", "compute_loss_func"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name} is given, and SupervisedTrainer brings its own; put what it did into `objective`, or "
-                    "prepare the data before."
-                )
+        trl_adapter.refuse_own_parts(kwargs, "SupervisedTrainer")
         if train_dataset is None:
             raise ValueError("train_dataset is missing; pass a datasets.Dataset or IterableDataset.")
         available = Available(columns=_side_columns(train_dataset), teacher=teacher is not None)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from trl import SFTConfig
 from trl.trainer.utils import create_model_from_path
 
 from posttrain.data.collation import CompletionCollator
@@ -17,19 +17,31 @@ from posttrain.data.collation import CompletionCollator
 HEAD_NAMES = ("lm_head", "embed_out", "output")
 
 REPLACED: Mapping[str, str] = {
-    "loss_type": "objective: {value}",
+    "loss_type": "objective: the name of the loss",
     "label_smoothing_factor": "objective: {{name: label_smoothing, epsilon: {value}}}",
     "use_liger_kernel": "nothing, the streamed kernel is always used",
+    "loss_weights": "`weight` beside each objective's name",
+    "beta": "`beta: {value}` beside the objective's name",
+    "label_smoothing": "`label_smoothing: {value}` beside the objective's name",
+    "ld_alpha": "objective: {{name: ld_dpo, alpha: {value}}}",
+    "f_divergence_type": "objective: {{name: f_dpo, divergence: {value}}}",
+    "f_alpha_divergence_coef": "objective: {{name: f_dpo, divergence: alpha, alpha: {value}}}",
+    "use_weighting": "objective: wpo",
+    "discopop_tau": "objective: {{name: discopop, tau: {value}}}",
+    "desirable_weight": "`desirable_weight: {value}` beside the objective's name",
+    "undesirable_weight": "`undesirable_weight: {value}` beside the objective's name",
+    "precompute_ref_log_probs": "reference: cached",
+    "precompute_ref_batch_size": "nothing, the cache takes trainer.per_device_eval_batch_size",
 }
 
 
-def refuse_replaced_settings(args: SFTConfig) -> None:
+def refuse_replaced_settings(args: Any) -> None:
     """TRL settings that ``objective`` replaces must stay at their defaults, or two places would set one thing.
 
     Raises:
         ValueError: names the setting, its value and the key to use.
     """
-    defaults = {item.name: item.default for item in dataclasses.fields(type(args))}
+    defaults = {item.name: _default(item) for item in dataclasses.fields(type(args))}
     for name, replacement in REPLACED.items():
         value = getattr(args, name, defaults.get(name))
         if value != defaults.get(name):
@@ -37,6 +49,48 @@ def refuse_replaced_settings(args: SFTConfig) -> None:
                 f"trainer.{name} is {value!r}, which `objective` replaces; leave it at {defaults.get(name)!r} and set "
                 f"{replacement.format(value=value)}."
             )
+
+
+def _default(item: Any) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
+def refuse_own_parts(kwargs: Mapping[str, Any], trainer: str) -> None:
+    """TRL's arguments for what the trainer brings itself.
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    for name in ("data_collator", "compute_loss_func"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name} is given, and {trainer} brings its own; put what it did into `objective`, or prepare the data "
+                "before."
+            )
+
+
+def loaded(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The model itself where its name was given; TRL loads it alike."""
+    if not isinstance(model, str):
+        return model
+    options = dict(args.model_init_kwargs) if isinstance(args.model_init_kwargs, dict) else {}
+    quantization = kwargs.pop("quantization_config", None)
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    return create_model_from_path(model, **options)
+
+
+@contextmanager
+def without_reference_model(trainer: type) -> Iterator[None]:
+    """While TRL's constructor runs, it gets None where it would load a reference model of its own."""
+    theirs = next(base for base in trainer.__mro__ if base.__module__.startswith("trl."))
+    module: Any = sys.modules[theirs.__module__]
+    original = module.create_model_from_path
+    module.create_model_from_path = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        module.create_model_from_path = original
 
 
 def refuse_parallelism(accelerator: Any) -> None:
@@ -81,7 +135,7 @@ def _named_heads(model: Any) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if module is head]
 
 
-def with_head_adapter(model: Any, args: SFTConfig, peft_config: PeftConfig) -> PeftModel:
+def with_head_adapter(model: Any, args: Any, peft_config: PeftConfig) -> PeftModel:
     """Build the PEFT model ourselves where its head is adapted; TRL's constructor would refuse to."""
     if isinstance(model, str):
         options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
