@@ -228,7 +228,11 @@ def test_its_example_is_complete_and_commented(name):
     terms = [{"name": term} if isinstance(term, str) else term for term in terms]
     (mine,) = (term for term in terms if term["name"] == name)
     assert set(signature(objectives.get(name)).hyperparameters) <= set(mine)
-    built = build_terms(config.objective, Available(columns=TOKEN_COLUMNS, teacher=config.teacher is not None))
+    methods = {"preference": {"roles": ("chosen", "rejected")}, "binary_feedback": {"roles": ("mismatched",)}}
+    available = {"columns": {*TOKEN_COLUMNS, *COLUMNS}, "teacher": config.teacher is not None}
+    if config.method in methods:
+        available |= {"reference": True, **methods[config.method]}
+    built = build_terms(config.objective, Available(**available))
     assert name in [term.name for term in built] and all(math.isfinite(term.weight) for term in built)
     assert config.trainer["output_dir"] == f"runs/{name}"
 
