@@ -18,7 +18,7 @@ from transformers import (
 
 from posttrain.assets import tiny_base_path
 from posttrain.config import DataSource, EvaluationConfig, EvaluationSource, ModelConfig, RunConfig, TokenizerConfig
-from posttrain.data import formats, sources
+from posttrain.data import binary_formats, formats, preference_formats, sources
 from posttrain.data.sources import Rows
 from posttrain.suggest import unknown
 
@@ -135,20 +135,33 @@ def ensure_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     raise ValueError("the tokenizer has neither a padding, end-of-sequence nor unknown token; set tokenizer.pad_token.")
 
 
-def load_rows(source: DataSource, tokenizer: PreTrainedTokenizerBase, *, key: str, training: bool = True) -> Rows:
-    """A source's rows in a form that training (or evaluation) reads.
+def load_rows(
+    source: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    key: str,
+    training: bool = True,
+    method: str = "supervised",
+) -> Rows:
+    """A source's rows in a form that training by a method (or evaluation, of any) reads.
 
     Raises:
-        ValueError: as in `posttrain.data.sources.load` and `posttrain.data.formats.prepare`.
+        ValueError: as in `posttrain.data.sources.load` and `prepare` of the method's formats.
     """
-    rows = formats.prepare(
-        sources.load(source, key=key),
-        format=source.format,
-        template=source.template,
-        chat=tokenizer.chat_template is not None,
-        training=training,
-        key=key,
-    )
+    rows = sources.load(source, key=key)
+    common: dict[str, Any] = {
+        "format": source.format,
+        "template": source.template,
+        "chat": tokenizer.chat_template is not None,
+        "key": key,
+    }
+    pairs: dict[str, Any] = {"pairs": source.pairs, "inverted": source.inverted, "ties": source.ties}
+    if training and method == "preference":
+        rows = preference_formats.prepare(rows, **common, **pairs)
+    elif training and method == "binary_feedback":
+        rows = binary_formats.prepare(rows, **common, **pairs, shuffle_seed=source.shuffle_seed)
+    else:
+        rows = formats.prepare(rows, **common, training=training)
     if formats.holds_messages(rows):
         formats.ensure_chat_template(tokenizer)
     return rows

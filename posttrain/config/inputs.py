@@ -41,11 +41,16 @@ class DataSource:
         split: of a hub set, a saved folder or a task; a file has none and takes only a slice such as ``[:100]``.
         task: procedural task, instead of ``path``.
         size, seed, task_options: of a task: rows, integer, settings of the task's generator.
-        format: ``auto`` or one of `posttrain.data.formats.FORMATS`.
+        format: ``auto`` or one of ``FORMATS`` of `posttrain.data.formats`, `preference_formats` or `binary_formats`.
         columns: existing name -> new name, applied first.
         template: the prompt as a format string over the columns, such as ``"Question: {question}\\nAnswer:"``.
         limit: at most this many rows, from the start.
         streaming: read rows when they are needed instead of all at first.
+        pairs: made of several scored answers: ``all``, or ``best_worst`` for one pair a row.
+        inverted: what becomes of pairs whose scores contradict chosen and rejected: ``keep``, ``swap``, ``skip`` or
+            ``error``.
+        ties: what becomes of pairs with equal scores: ``keep`` or ``skip``.
+        shuffle_seed: of the order of pairs that are taken apart for binary feedback.
     """
 
     path: str | None = None
@@ -60,6 +65,10 @@ class DataSource:
     template: str | None = None
     limit: int | None = None
     streaming: bool = False
+    pairs: str = "all"
+    inverted: str = "keep"
+    ties: str = "keep"
+    shuffle_seed: int = 0
 
 
 @dataclass(kw_only=True)

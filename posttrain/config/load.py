@@ -13,6 +13,12 @@ from posttrain.config.values import convert, expand, join, read_yaml
 from posttrain.suggest import unknown
 
 Config = TypeVar("Config")
+# What may become of pairs, by setting of a data source.
+PAIR_POLICIES = {
+    "pairs": ("all", "best_worst"),
+    "inverted": ("keep", "swap", "skip", "error"),
+    "ties": ("keep", "skip"),
+}
 REFERENCES = ("auto", "cached", "adapter_off", "model", "none")
 
 
@@ -65,8 +71,10 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
         )
     if config.data.train is not None:
         check_source(config.data.train, "data.train")
+        _check_pair_settings(config.data.train, "data.train", config.method)
     if config.data.eval is not None:
         check_source(config.data.eval, "data.eval")
+        _check_pair_settings(config.data.eval, "data.eval", config.method)
     _check_reward(config.annotation.reward)
     for index, source in enumerate(config.evaluation.data or []):
         check_source(source, f"evaluation.data.{index}")
@@ -102,6 +110,18 @@ def check_source(source: DataSource, key: str) -> None:
             raise ValueError(f"{key}.{name} is {value!r}, which has no meaning for {kind}; leave it out.")
     if source.limit is not None and source.limit < 1:
         raise ValueError(f"{key}.limit is {source.limit}; give a number of rows of at least 1, or null for all.")
+    for name, known in PAIR_POLICIES.items():
+        if getattr(source, name) not in known:
+            raise ValueError(unknown(f"{key}.{name}", getattr(source, name), known))
+
+
+def _check_pair_settings(source: DataSource, key: str, method: str) -> None:
+    """Raise a ValueError where settings of pairs are set for a method that reads none, or does not take them apart."""
+    readers: dict[str, tuple[str, ...]] = dict.fromkeys(PAIR_POLICIES, ("preference", "binary_feedback"))
+    for name, methods in {**readers, "shuffle_seed": ("binary_feedback",)}.items():
+        value = getattr(source, name)
+        if method not in methods and value != getattr(DataSource(), name):
+            raise ValueError(f"{key}.{name} is {value!r}, which has no meaning for the method {method}; leave it out.")
 
 
 def override(tree: dict[str, Any], setting: str) -> None:

@@ -4,7 +4,6 @@ Every other column stays: it may be bound by an objective or read by a verifier.
 """
 
 import logging
-import string
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,11 @@ from datasets import Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from posttrain import __version__
+from posttrain.data import fields
 from posttrain.data.collation import ROW_NUMBER
 from posttrain.data.skipping import skip
 from posttrain.data.sources import Rows, columns_of
-from posttrain.suggest import nearest, unknown
+from posttrain.suggest import unknown
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,6 @@ _PRODUCED = {
     "instruction": ("prompt", "completion"),
     "text": ("text",),
 }
-_TEXT_COLUMNS = frozenset(["prompt", "completion", "messages", "conversations", "text"])
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
-          "observation": "tool", "function_call": "assistant"}  # fmt: skip
 _SCORED = "format 'scored' is for several scored answers to a prompt, which the method supervised does not read"
 
 
@@ -66,12 +63,12 @@ def prepare(
             field (its number is named).
     """
     columns = columns_of(rows)
-    chosen = _resolve(format, columns, template, training, key)
+    chosen = resolve(format, columns, template, training, key)
     if chosen == "tokenized":
         return rows
-    consumed = _check_columns(chosen, columns, template, training, key)
+    consumed = check_columns(chosen, columns, template, training, key)
     produced = _PRODUCED[chosen]
-    dropped = [name for name in columns if (name in consumed or name in _TEXT_COLUMNS) and name not in produced]
+    dropped = [name for name in columns if (name in consumed or name in fields.TEXT_COLUMNS) and name not in produced]
     converter = Converter(chosen, template, chat, training, key)
     rows = rows.map(converter, remove_columns=dropped, features=_features_where_numbers(rows, produced, dropped))
     if not training:
@@ -126,34 +123,30 @@ class Converter:
             if self.format == "instruction":
                 return self._instruction(row)
             if self.format == "text":
-                return {"text": _text(row, "text")}
-            return {"messages": _messages(row, "messages" if self.format == "messages" else "conversations")}
+                return {"text": fields.text(row, "text")}
+            return {"messages": fields.messages(row, "messages" if self.format == "messages" else "conversations")}
         except ValueError as error:
             raise ValueError(f"{self.key}, row {row.get(ROW_NUMBER)}: {error}") from error
 
     def _prompt_completion(self, row: dict[str, Any]) -> dict[str, Any]:
-        prompt = _fill(self.template, row) if self.template is not None else _text_or_messages(row, "prompt")
+        prompt = (
+            fields.fill(self.template, row) if self.template is not None else fields.text_or_messages(row, "prompt")
+        )
         if not self.training and row.get("completion") is None:
             return {"prompt": prompt}
-        completion = _text_or_messages(row, "completion")
+        completion = fields.text_or_messages(row, "completion")
         if isinstance(prompt, str) != isinstance(completion, str):
             raise ValueError("of prompt and completion one is text and the other messages; give both in one form.")
         return {"prompt": prompt, "completion": completion}
 
     def _instruction(self, row: dict[str, Any]) -> dict[str, Any]:
-        completion = _text(row, _first_of(("output", "response"), row))
-        if self.template is not None:
-            return {"prompt": _fill(self.template, row), "completion": completion}
-        instruction = _text(row, "instruction")
-        extra = row.get("input") or row.get("context") or ""
-        if self.chat:
-            content = f"{instruction}\n\n{extra}" if extra else instruction
-            return {"prompt": [_message("user", content)], "completion": [_message("assistant", completion)]}
-        middle = f"Input:\n{extra}\n" if extra else ""
-        return {"prompt": f"Instruction:\n{instruction}\n{middle}Response:\n", "completion": completion}
+        completion = fields.text(row, fields.first_of(("output", "response"), row))
+        prompt = fields.instruction_prompt(row, self.template, self.chat)
+        return {"prompt": prompt, "completion": fields.answer(completion, prompt)}
 
 
-def _resolve(format: str, columns: Collection[str], template: str | None, training: bool, key: str) -> str:
+def resolve(format: str, columns: Collection[str], template: str | None, training: bool, key: str) -> str:
+    """The format itself, or for ``auto`` the one that fits the columns."""
     if format == "scored":
         raise ValueError(f"{key}.{_SCORED}; choose another format.")
     if format not in FORMATS:
@@ -179,28 +172,25 @@ def _resolve(format: str, columns: Collection[str], template: str | None, traini
     )
 
 
-def _check_columns(
+def check_columns(
     format: str, columns: Collection[str], template: str | None, training: bool, key: str
 ) -> tuple[str, ...]:
     """The source columns that a format reads and replaces, once they are known to be there."""
     if template is not None:
-        if format not in ("prompt-completion", "instruction"):
-            raise ValueError(f"{key}.template is set, and format {format!r} has no prompt to fill; leave it out.")
-        for name in _template_fields(template, key):
-            _require(name, columns, key, "template")
+        fields.check_template(template, columns, format, ("prompt-completion", "instruction"), key)
     if format == "prompt-completion":
         needed: tuple[str, ...] = () if template is not None else ("prompt",)
         needed += ("completion",) if training else ()
     elif format == "instruction":
         needed = () if template is not None else ("instruction",)
-        needed += (_first_of(("output", "response"), columns),)
+        needed += (fields.first_of(("output", "response"), columns),)
     else:
         needed = ("conversations",) if format == "sharegpt" else (format,)
     for name in needed:
-        _require(name, columns, key, f"format {format!r}")
+        fields.require(name, columns, key, f"format {format!r}")
     # the system prompt moves into the messages; other columns may serve objectives and verifiers beside the text
     return (
-        ("instruction", "input", "context", "output", "response")
+        (*fields.INSTRUCTION_COLUMNS, "output", "response")
         if format == "instruction"
         else ("system",) * (format == "sharegpt")
     )
@@ -215,79 +205,6 @@ def _features_where_numbers(rows: Rows, produced: Collection[str], dropped: Coll
     return Features(kept | dict.fromkeys(produced, Value("string")))  # type: ignore[arg-type]
 
 
-def _require(name: str, columns: Collection[str], key: str, what: str) -> None:
-    if name not in columns:
-        match = nearest(name, columns)
-        hint = f" (did you mean {match!r}?)" if match else ""
-        raise ValueError(
-            f"{key}: {what} needs the column {name!r}, which is not there{hint}; the columns are {list(columns)}, and "
-            f"{key}.columns renames them."
-        )
-
-
-def _template_fields(template: str, key: str) -> list[str]:
-    try:
-        names = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-    except ValueError as error:
-        raise ValueError(f"{key}.template {template!r} is no format string: {error}.") from error
-    for name in names:
-        if not name.isidentifier():
-            raise ValueError(f"{key}.template {template!r} has the field {{{name}}}; name a column between the braces.")
-    return names
-
-
-def _fill(template: str, row: dict[str, Any]) -> str:
-    fields = [field for _, field, _, _ in string.Formatter().parse(template) if field]
-    return template.format(**{name: _text(row, name) for name in fields})
-
-
-def _first_of(names: tuple[str, ...], present: Collection[str]) -> str:
-    return next((name for name in names if name in present), names[0])
-
-
-def _text(row: dict[str, Any], name: str) -> str:
-    """A column's text; a number is written out, a whole one without decimals."""
-    value = row.get(name)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, str):
-        return value
-    raise ValueError(f"{name} is {'missing' if value is None else repr(value)}; expected text.")
-
-
-def _text_or_messages(row: dict[str, Any], name: str) -> str | list[dict[str, Any]]:
-    return _messages(row, name) if isinstance(row.get(name), list) else _text(row, name)
-
-
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-def _messages(row: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The messages in a column, ShareGPT's ``from`` and ``value`` turned into ``role`` and ``content``."""
-    given = row.get(name)
-    if not isinstance(given, list) or not given:
-        raise ValueError(f"{name} is {'missing' if given is None else repr(given)}; expected a list of messages.")
-    messages: list[dict[str, Any]] = []
-    for index, entry in enumerate(given):
-        renamed = {{"from": "role", "value": "content"}.get(field, field): value for field, value in entry.items()}
-        role = renamed.get("role")
-        if not isinstance(role, str) or "content" not in renamed:
-            raise ValueError(f"message {index} of {name} has the keys {sorted(entry)}; expected role and content.")
-        if renamed["content"] is None and not renamed.get("tool_calls"):
-            raise ValueError(f"message {index} of {name} has no content; expected text.")
-        messages.append({**renamed, "role": _ROLES.get(role, role)})
-    if name == "conversations" and row.get("system") and messages[0]["role"] != "system":
-        messages.insert(0, _message("system", row["system"]))
-    return messages
-
-
 def _has_target(row: dict[str, Any]) -> bool:
     """Whether anything in a prepared row can be trained."""
-    target = next(row[name] for name in ("completion", "messages", "text") if name in row)
-    if isinstance(target, str):
-        return bool(target.strip())
-    answers = [message for message in target if message["role"] == "assistant"]
-    return any(message.get("tool_calls") or str(message["content"] or "").strip() for message in answers)
+    return not fields.is_empty(next(row[name] for name in ("completion", "messages", "text") if name in row))
