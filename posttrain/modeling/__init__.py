@@ -5,10 +5,13 @@ from posttrain.modeling.engines import BackboneModules, backbone_modules, causal
 from posttrain.modeling.forward import attach, detach, is_attached
 from posttrain.modeling.head import is_vision_model, logit_scale, logit_softcap, read_head, refuse_vision_model
 from posttrain.modeling.request import StatisticsGroup, VocabOutput, VocabRequest
+from posttrain.modeling.shared_prefix import SharedPrefixLayout, shared_prefix_layout, worthwhile
+from posttrain.modeling.shared_prefix_support import check_shared_prefix, refuse_shared_prefix, shared_prefix_obstacle
 
 __all__ = [
     "HEAD_TOLERANCE",
     "BackboneModules",
+    "SharedPrefixLayout",
     "StatisticsGroup",
     "VocabOutput",
     "VocabRequest",
@@ -16,6 +19,7 @@ __all__ = [
     "backbone_modules",
     "causal_lm",
     "check_head",
+    "check_shared_prefix",
     "detach",
     "head_difference",
     "is_attached",
@@ -23,5 +27,9 @@ __all__ = [
     "logit_scale",
     "logit_softcap",
     "read_head",
+    "refuse_shared_prefix",
     "refuse_vision_model",
+    "shared_prefix_layout",
+    "shared_prefix_obstacle",
+    "worthwhile",
 ]

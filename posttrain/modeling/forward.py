@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from posttrain.kernels import LMHead, vocab_statistics
 from posttrain.modeling.engines import backbone_modules, causal_lm
 from posttrain.modeling.head import detached, refuse_vision_model, with_head
 from posttrain.modeling.request import VocabOutput, VocabRequest, on_device
+from posttrain.modeling.shared_prefix import shared_prefix_mask
 
 _PREVIOUS = "_forward_before_vocab_request"
 # Arguments that concern logits, loss or generation; the backbone does not know them.
@@ -28,6 +30,8 @@ _NOT_FOR_BACKBONE = frozenset({"labels", "shift_labels", "num_items_in_batch", "
 
 def attach(model: nn.Module) -> PreTrainedModel:
     """Lets a causal LM answer ``model(**inputs, vocab_request=request)`` with a `VocabOutput`.
+
+    It also takes the ``segment_ids`` of a `SharedPrefixLayout`, in place of an ``attention_mask``.
 
     Replaces ``forward`` on the instance of the base causal LM, below PEFT and any engine; without the keyword it defers
     to the forward it found. Attaching twice changes nothing. Returns the base causal LM.
@@ -74,6 +78,8 @@ def _extended_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: PreTrainedModel, *args: Any, vocab_request: VocabRequest | None = None, **kwargs: Any) -> Any:
+        if "segment_ids" in kwargs:
+            kwargs["attention_mask"] = _mask(self, kwargs.pop("segment_ids"))
         if vocab_request is None:
             # Looked up on the instance, so that a deep copy calls its own forward.
             previous = self.__dict__.get(_PREVIOUS)
@@ -85,6 +91,10 @@ def _extended_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     forward.answers_vocab_request = True  # type: ignore[attr-defined]
     return forward
+
+
+def _mask(model: PreTrainedModel, segment_ids: Tensor) -> Tensor | BlockMask:
+    return shared_prefix_mask(segment_ids, str(model.config.get_text_config()._attn_implementation), model.dtype)
 
 
 def _answer(model: PreTrainedModel, inputs: dict[str, Any], request: VocabRequest) -> VocabOutput:

@@ -3,16 +3,15 @@
 import inspect
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from posttrain.kernels import LMHead
 from posttrain.modeling.check import evaluating, on_any_rank
 from posttrain.modeling.engines import backbone_modules, causal_lm
 from posttrain.modeling.request import VocabRequest
-from posttrain.modeling.shared_prefix import IMPLEMENTATIONS, shared_prefix_layout, shared_prefix_mask
+from posttrain.modeling.shared_prefix import IMPLEMENTATIONS, shared_prefix_layout
 
 # Largest accepted |difference of hidden states| over |hidden states| in the 2-norm, by the dtype of the layers.
 # Rounding is far below on a CPU; on a GPU the layouts may run through different kernels, and depth adds to it.
@@ -23,13 +22,8 @@ TOLERANCE: dict[torch.dtype, float] = {
     torch.bfloat16: 2**-4,
 }
 _TF32_TOLERANCE = 2**-7
-_TRIAL_COMPLETIONS = (3, 2)
-
-
-def mask_for(model: nn.Module, segment_ids: Int[Tensor, "rows length"]) -> Tensor | BlockMask:
-    """The ``attention_mask`` of a `SharedPrefixLayout` in the form that this model's attention takes."""
-    base = causal_lm(model)
-    return shared_prefix_mask(segment_ids, _implementation(base), base.dtype)
+# any tokens serve: a prompt and two completions
+_TRIAL = (range(3, 8), range(11, 14), range(17, 19))
 
 
 def shared_prefix_obstacle(model: nn.Module) -> str | None:
@@ -97,34 +91,30 @@ def _of_training(base: PreTrainedModel) -> str | None:
 
 
 @torch.no_grad()
-def check_shared_prefix(model: nn.Module, input_ids: Int[Tensor, " tokens"]) -> float:
+def check_shared_prefix(model: nn.Module, device: torch.device | str = "cpu") -> float:
     """Compares the hidden states of two short completions in one row with those in rows of their own.
 
     Runs in evaluation mode without gradient, through the model as given. Every rank has to call it.
 
     Args:
         model: attached (see `attach`), possibly wrapped by PEFT and an engine.
-        input_ids: (tokens,), at least 6, on the model's device; the last 5 serve as completions of the first.
+        device: of the model's inputs.
 
     Returns:
         The difference found on this rank over the hidden states' size, in the 2-norm.
 
     Raises:
-        ValueError: fewer tokens.
         RuntimeError: the two differ, on any rank.
     """
-    tokens: list[int] = input_ids.tolist()
-    first, second = _TRIAL_COMPLETIONS
-    prompt, chosen = tokens[: -first - second], tokens[-first - second : -second]
-    if not prompt:
-        raise ValueError(f"check_shared_prefix needs {first + second + 1} tokens and got {len(tokens)}; give it more.")
-    rejected = tokens[-second:]
+    vocab = causal_lm(model).config.get_text_config().vocab_size
+    prompt, *completions = [[token % vocab for token in tokens] for tokens in _TRIAL]
+    device = torch.device(device)
     with evaluating(model):
-        shared, dtype = _hidden(model, input_ids, prompt, [chosen, rejected], shared=True)
-        separate = [_hidden(model, input_ids, prompt, [own], shared=False)[0] for own in (chosen, rejected)]
+        shared, dtype = _hidden(model, device, prompt, completions, shared=True)
+        separate = [_hidden(model, device, prompt, [own], shared=False)[0] for own in completions]
     own = torch.cat(separate)
     difference, accepted = float((shared - own).norm() / own.norm()), _accepted(dtype)
-    if on_any_rank(not difference <= accepted, input_ids.device):
+    if on_any_rank(not difference <= accepted, device):
         raise RuntimeError(
             f"shared_prefix is not exact here: hidden states of {type(causal_lm(model)).__name__} differ from those of "
             f"separate rows by {difference:.2g} of their size on this rank (accepted {accepted:.2g} in {dtype}; one "
@@ -134,25 +124,25 @@ def check_shared_prefix(model: nn.Module, input_ids: Int[Tensor, " tokens"]) -> 
 
 
 def _hidden(
-    model: nn.Module, like: Tensor, prompt: list[int], completions: list[list[int]], *, shared: bool
+    model: nn.Module, device: torch.device, prompt: list[int], completions: list[list[int]], *, shared: bool
 ) -> tuple[Float[Tensor, "targets width"], torch.dtype]:
     """Hidden states that predict one row's completions, and the dtype of the layers.
 
     Where the row holds a single completion, the model makes its own mask and positions.
     """
     layout = shared_prefix_layout([prompt], *[[own] for own in completions], pad_token_id=0)
-    inputs: dict[str, Tensor | BlockMask] = {"input_ids": layout.input_ids.to(like.device)}
+    inputs = {"input_ids": layout.input_ids.to(device)}
     if shared:
-        inputs["position_ids"] = layout.position_ids.to(like.device)
-        inputs["attention_mask"] = mask_for(model, layout.segment_ids.to(like.device))
+        inputs["position_ids"] = layout.position_ids.to(device)
+        inputs["segment_ids"] = layout.segment_ids.to(device)
     dtypes: list[torch.dtype] = []
 
     def inside(hidden: Tensor, head: LMHead) -> dict[str, Tensor]:
-        device = hidden.device.type
-        dtypes.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype)
+        kind = hidden.device.type
+        dtypes.append(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype)
         return {"hidden": hidden.float()}
 
-    request = VocabRequest(layout.target_index.to(like.device), layout.targets.to(like.device), compute=inside)
+    request = VocabRequest(layout.target_index.to(device), layout.targets.to(device), compute=inside)
     return model(**inputs, vocab_request=request).statistics[0]["hidden"], dtypes[0]
 
 

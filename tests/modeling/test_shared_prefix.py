@@ -8,7 +8,6 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from posttrain.modeling import StatisticsGroup, VocabRequest, attach
 from posttrain.modeling.shared_prefix import shared_prefix_layout, shared_prefix_mask, worthwhile
-from posttrain.modeling.shared_prefix_support import mask_for
 from tests.modeling import families
 
 LOGP = (StatisticsGroup(("logp",)),)
@@ -49,12 +48,12 @@ def separate_logp(model, prompts, *completions):
     )
 
 
-def shared_logp(model, prompts, *completions, mask=None, **options):
+def shared_logp(model, prompts, *completions, **options):
     layout = shared_prefix_layout(prompts, *completions, pad_token_id=0, **options)
     answer = model(
         input_ids=layout.input_ids,
         position_ids=layout.position_ids,
-        attention_mask=mask_for(model, layout.segment_ids) if mask is None else mask,
+        segment_ids=layout.segment_ids,
         vocab_request=VocabRequest(layout.target_index, layout.targets, groups=LOGP),
     )
     return answer.statistics[0]["logp"]
@@ -174,6 +173,15 @@ def test_positions_that_restart_are_not_taken_for_packed_sequences():
     torch.testing.assert_close(shared_logp(model, *pair), expected)
 
 
+def test_logits_are_those_of_the_request():
+    model = attach(built("llama", "eager"))
+    layout = shared_prefix_layout(PROMPTS, CHOSEN, REJECTED, pad_token_id=0)
+    inputs = {"position_ids": layout.position_ids, "segment_ids": layout.segment_ids}
+    logp = model(layout.input_ids, **inputs).logits.log_softmax(-1).flatten(0, 1)
+    expected = logp[layout.target_index, layout.targets]
+    torch.testing.assert_close(shared_logp(model, PROMPTS, CHOSEN, REJECTED), expected)
+
+
 def test_a_completion_does_not_move_with_the_other():
     model = attach(built("llama"))
     one = shared_logp(model, [[5, 6]], [[7, 8]], [[9, 10, 11]])
@@ -237,7 +245,7 @@ def test_compiled_flex_attention_equals_separate_rows():
     answer = model(
         input_ids=layout.input_ids.cuda(),
         position_ids=layout.position_ids.cuda(),
-        attention_mask=mask_for(model, layout.segment_ids.cuda()),
+        segment_ids=layout.segment_ids.cuda(),
         vocab_request=VocabRequest(layout.target_index.cuda(), layout.targets.cuda(), groups=LOGP),
     )
     found = answer.statistics[0]["logp"]

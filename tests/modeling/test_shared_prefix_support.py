@@ -5,12 +5,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from posttrain.modeling import attach
+from posttrain.modeling import attach, forward
 from posttrain.modeling import shared_prefix_support as support
 from posttrain.modeling.shared_prefix_support import check_shared_prefix, refuse_shared_prefix, shared_prefix_obstacle
 from tests.modeling import families
 
-TOKENS = torch.arange(3, 12)
 SMALL = families._SMALL
 STATE = {
     "vocab_size": 61,
@@ -31,14 +30,14 @@ def built(family, **settings):
 def test_rotary_families_pass_by_configuration_and_by_trial(family):
     model = attach(families.model(family))
     assert shared_prefix_obstacle(model) is None
-    assert check_shared_prefix(model, TOKENS) < 1e-5
+    assert check_shared_prefix(model) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt_neox", "opt"])
 def test_so_do_other_positions_that_can_be_given(family):
     model = attach(families.model(family))
     assert shared_prefix_obstacle(model) is None
-    assert check_shared_prefix(model, TOKENS) < 1e-5
+    assert check_shared_prefix(model) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -97,20 +96,18 @@ def test_below_adapters():
     model = get_peft_model(families.model("mistral", sliding_window=8), LoraConfig(target_modules=["q_proj"]))
     assert "MistralForCausalLM" in str(shared_prefix_obstacle(model))
     model = get_peft_model(attach(families.model("llama")), LoraConfig(target_modules=["q_proj"]))
-    assert shared_prefix_obstacle(model) is None and check_shared_prefix(model, TOKENS) < 1e-5
+    assert shared_prefix_obstacle(model) is None and check_shared_prefix(model) < 1e-5
 
 
 def test_the_trial_finds_a_model_that_does_not_read_its_mask(monkeypatch):
     """Completions that see one another."""
     model = attach(families.model("llama"))
     model.train()
-    causal = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
-    monkeypatch.setattr(support, "mask_for", lambda model, segment_ids: causal)
+    causal = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()
+    monkeypatch.setattr(forward, "shared_prefix_mask", lambda *_: causal)
     with pytest.raises(RuntimeError, match=r"hidden states of LlamaForCausalLM differ.*set shared_prefix: false"):
-        check_shared_prefix(model, TOKENS)
+        check_shared_prefix(model)
     assert model.training
-    with pytest.raises(ValueError, match="needs 6 tokens and got 5"):
-        check_shared_prefix(model, TOKENS[:5])
 
 
 def test_the_trial_finds_positions_that_are_not_read():
@@ -118,10 +115,10 @@ def test_the_trial_finds_positions_that_are_not_read():
     rotary = model.model.rotary_emb.forward
     model.model.rotary_emb.forward = lambda x, position_ids: rotary(x, torch.arange(x.shape[1])[None])
     with pytest.raises(RuntimeError, match="shared_prefix is not exact here"):
-        check_shared_prefix(model, TOKENS)
+        check_shared_prefix(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_trial_bears_low_precision(dtype):
     model = attach(families.model("qwen3", num_hidden_layers=16).to(dtype))
-    assert check_shared_prefix(model, TOKENS) < support.TOLERANCE[dtype] / 2
+    assert check_shared_prefix(model) < support.TOLERANCE[dtype] / 2
