@@ -7,7 +7,13 @@ from posttrain.cli.train import print_paths
 from posttrain.config import load, resolve
 from posttrain.suggest import unknown
 
-KINDS = ("teacher-topk",)
+# Kind -> its function in `posttrain.annotation`, by name, since that package takes seconds to import.
+KINDS = {
+    "teacher-topk": "annotate_teacher_topk",
+    "reward-margins": "annotate_reward_margins",
+    "density-weights": "annotate_density_weights",
+    "step-rewards": "annotate_step_rewards",
+}
 
 
 def annotate(kind: str, path: str, overrides: Sequence[str]) -> None:
@@ -20,6 +26,6 @@ def annotate(kind: str, path: str, overrides: Sequence[str]) -> None:
         raise ValueError(unknown("kind of annotation", kind, KINDS))
     config = resolve(load(path, overrides), name=Path(path).stem)
 
-    from posttrain.annotation import annotate_teacher_topk
+    from posttrain import annotation
 
-    print_paths({"annotated rows": annotate_teacher_topk(config)})
+    print_paths({"annotated rows": getattr(annotation, KINDS[kind])(config)})
