@@ -4,13 +4,14 @@ from posttrain.config.annotation import AnnotationConfig
 from posttrain.config.inputs import DataConfig, DataSource, EvaluationSource, ModelConfig, TokenizerConfig
 from posttrain.config.load import from_tree, load
 from posttrain.config.resolve import resolve
-from posttrain.config.schema import EvaluationConfig, HarnessConfig, KernelConfig, RunConfig
+from posttrain.config.schema import DiagnosticsConfig, EvaluationConfig, HarnessConfig, KernelConfig, RunConfig
 from posttrain.config.trainer import peft_config, trainer_config_class
 
 __all__ = [
     "AnnotationConfig",
     "DataConfig",
     "DataSource",
+    "DiagnosticsConfig",
     "EvaluationConfig",
     "EvaluationSource",
     "HarnessConfig",

@@ -49,6 +49,29 @@ class KernelConfig:
             raise ValueError(f"kernel.one_pass is {self.one_pass!r}; give auto, true or false.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiagnosticsConfig:
+    """``diagnostics:``: what `posttrain.trainers.PreferenceTrainer` watches at evaluations beside the loss.
+
+    Args:
+        patience: evaluations in a row at which the chosen completions may become less likely before a warning.
+        entanglement_batches: of the evaluation data, on which the gradients of the chosen and of the rejected
+            log-probability are compared; each costs two backward passes. 0 leaves it out.
+
+    Raises:
+        ValueError: a value that is no whole number of at least 0.
+    """
+
+    patience: int = 3
+    entanglement_batches: int = 2
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"diagnostics.{item.name} is {value!r}; give a whole number of at least 0.")
+
+
 @dataclass(kw_only=True)
 class HarnessConfig:
     """``evaluation.harness:``: tasks of lm-evaluation-harness, beside ``evaluation.data``.
@@ -164,6 +187,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     annotation: AnnotationConfig = field(default_factory=AnnotationConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
     resume: bool | str = False
     overwrite: bool = False

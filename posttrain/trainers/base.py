@@ -211,11 +211,15 @@ class ObjectiveMixin(EvaluationMixin, StatesInCheckpoints):
                 )
             denominator = counts.denominators.get(index, counts.units[term.denominator])
             shares.append(term.weight * divide(weighted_sum(loss.values, loss.weight), denominator))
+            self._observe(term, loss, side, sums)
             for name, values in loss.metrics.items():
                 sums.add(f"{term.name}/{name}", values)
             if len(self.terms) > 1:
                 sums.add(f"{term.name}/loss", loss.values, loss.weight)
         return shares
+
+    def _observe(self, term: Term, loss: Loss, side: Side, sums: MetricSums) -> None:
+        """For trainers that watch more than the objective's own metrics."""
 
     def _check_units(self, term: Term, loss: Loss, side: Side) -> None:
         expected = side.size(term.declaration.unit, term.role)

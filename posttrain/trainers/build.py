@@ -28,6 +28,8 @@ def build(config: RunConfig, args: Any, tokenizer: Any, train_rows: Any, eval_ro
         frozen["reference"] = config.reference
         if config.reference_model is not None:
             frozen["ref_model"] = load_model(config.reference_model, key="reference_model")
+    if config.method == "preference":
+        frozen["diagnostics"] = config.diagnostics
     return TRAINERS[config.method](
         model=load_model(config.model),
         args=args,

@@ -21,7 +21,7 @@ class StatesInCheckpoints(Host):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        state = self.states.state_dict()
+        state = self._remembered()
         if state and self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -31,4 +31,11 @@ class StatesInCheckpoints(Host):
         if checkpoint is None:
             return
         path = Path(checkpoint) / STATE_FILE
-        self.states.load_state_dict(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+        self._remember(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+
+    def _remembered(self) -> dict[str, Any]:
+        """What goes into the checkpoint; nothing is written where it is empty."""
+        return self.states.state_dict()
+
+    def _remember(self, saved: dict[str, Any]) -> None:
+        self.states.load_state_dict(saved)

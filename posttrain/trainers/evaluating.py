@@ -1,7 +1,7 @@
 """Evaluation by objectives: sums over the whole set divided by its counts, where TRL averages batch means."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,6 +86,10 @@ class EvaluationMixin(Host):
         }
         return kept, side
 
+    def _evaluated_metrics(self, prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What a trainer adds to the metrics of a whole evaluation set."""
+        return {}
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """TRL's loop, with the loss and metrics as sums over the whole set divided by its counts."""
         started = time.perf_counter()
@@ -107,6 +111,7 @@ class EvaluationMixin(Host):
         if "aux_loss" in metrics:
             loss += self.router_aux_loss_coef * metrics["aux_loss"]
         prefix = kwargs.get("metric_key_prefix", "eval")
+        metrics |= self._evaluated_metrics(prefix, metrics)
         found = {f"{prefix}_{name}": value for name, value in {"loss": loss, **metrics}.items()}
         self.exclude_from_clock(time.perf_counter() - started)
         return output._replace(metrics={**(output.metrics or {}), **found})

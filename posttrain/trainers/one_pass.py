@@ -39,6 +39,8 @@ def obstacle(kernel: KernelConfig, terms: Sequence[Term]) -> str | None:
             return f"objective {term.name!r} looks at whole sequences"
         if term.needs_whole_step:
             return f"objective {term.name!r} needs the model's statistics of the whole step first"
+        if term.role or any(statistic.role or statistic.reference_kernel_names for statistic in inputs):
+            return f"objective {term.name!r} looks at the completions of one role, or at a reference model"
         if not term.declaration.token_local:
             return f"objective {term.name!r} is not declared token_local"
     if len({term.kernel_options for term in terms}) > 1:

@@ -1,17 +1,26 @@
 """Preference objectives on trl.DPOTrainer."""
 
+import logging
+import math
+from collections.abc import Mapping
 from typing import Any
 
+from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
+from posttrain.config import DiagnosticsConfig
+from posttrain.config.trainer import checked
 from posttrain.data.preference_collation import PairCollator
-from posttrain.side import Side
-from posttrain.trainers.coupling import Computed
-from posttrain.trainers.metrics import MetricSums
+from posttrain.data.preparation import AnyDataset, column_names
+from posttrain.trainers.pair_diagnostics import PairDiagnostics
 from posttrain.trainers.referenced import ReferencedMixin
 
+logger = logging.getLogger(__name__)
 
-class PreferenceTrainer(ReferencedMixin, DPOTrainer):  # type: ignore[misc]
+SCORE_MARGIN = "score_margin"
+
+
+class PreferenceTrainer(PairDiagnostics, ReferencedMixin, DPOTrainer):  # type: ignore[misc]
     """trl.DPOTrainer with any objective over named statistics of chosen and rejected completions.
 
     Args:
@@ -23,6 +32,8 @@ class PreferenceTrainer(ReferencedMixin, DPOTrainer):  # type: ignore[misc]
         kernel: a `KernelConfig` or a mapping of its keys.
         reference: ``cached``, ``adapter_off``, ``model``, ``none``, or ``auto``, which takes what the objective needs
             and costs least.
+        diagnostics: a `DiagnosticsConfig` or a mapping of its keys. Where training evaluates, it does so before the
+            first step as well (``eval_on_start``), so that changes are told from the start.
 
     Raises:
         ValueError: unknown objective, statistic, column or hyper-parameter; a TRL setting that ``objective`` or
@@ -40,5 +51,34 @@ class PreferenceTrainer(ReferencedMixin, DPOTrainer):  # type: ignore[misc]
             pad_token_id=theirs.pad_token_id, pad_to_multiple_of=theirs.pad_to_multiple_of, columns=self._columns
         )
 
-    def _log_tokens(self, computed: Computed, side: Side, sums: MetricSums) -> None:
-        super()._log_tokens(computed, side, sums)
+    def __init__(
+        self,
+        *args: Any,
+        diagnostics: DiagnosticsConfig | Mapping[str, Any] | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(diagnostics, DiagnosticsConfig):
+            diagnostics = DiagnosticsConfig(**checked(diagnostics or {}, DiagnosticsConfig, "diagnostics"))
+        evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        scored = all(_is_scored(dataset) for dataset in (train_dataset, *evaluated))
+        self._start_diagnostics(diagnostics, SCORE_MARGIN if scored else None)
+        super().__init__(*args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+
+    def _watched_columns(self) -> tuple[str, ...]:
+        return (self._score_column,) if self._score_column else ()
+
+    def _config(self, args: Any, model: Any) -> Any:
+        args = super()._config(args, model)
+        if args.eval_strategy != "no" and not args.eval_on_start:
+            args.eval_on_start = True
+            logger.info("trainer.eval_on_start is set to true: changes of log-probabilities are told from the start.")
+        return args
+
+
+def _is_scored(dataset: Any) -> bool:
+    """Whether every pair has a finite score margin, so that it can be watched beside any objective."""
+    if not isinstance(dataset, Dataset) or SCORE_MARGIN not in column_names(dataset):
+        return False
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in dataset[SCORE_MARGIN])

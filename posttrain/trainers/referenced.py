@@ -65,7 +65,8 @@ class ReferencedMixin(ObjectiveMixin):
         kernel = kernel_config(kernel)
         check_kernel(kernel, terms, args.device)
         needs = Needs(reference_groups(terms), needs_vocabulary(terms))
-        self._columns = tuple(dict.fromkeys(name for term in terms for name in term.all_columns))
+        bound = (name for term in terms for name in term.all_columns)
+        self._columns = tuple(dict.fromkeys((*bound, *self._watched_columns())))
         self._check_data(args, train_dataset, eval_dataset)
         trl_adapter.refuse_prompt_learning(model, peft_config)
         model = trl_adapter.loaded(model, args, kwargs)
@@ -149,6 +150,10 @@ class ReferencedMixin(ObjectiveMixin):
             return {}, None
         unwrapped = self.accelerator.unwrap_model(model)
         return self._live_reference(model, unwrapped, model_inputs, side)
+
+    def _watched_columns(self) -> tuple[str, ...]:
+        """Columns that go along though no objective binds them."""
+        return ()
 
     def _collator(self) -> Any:
         raise NotImplementedError
