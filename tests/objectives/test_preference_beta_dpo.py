@@ -71,7 +71,8 @@ def test_the_draw_does_not_touch_the_global_generator_nor_depend_on_it():
 
 def test_the_order_of_the_pairs_does_not_matter():
     delta, order = margins(), torch.randperm(20, generator=torch.Generator().manual_seed(5))
-    plain, shuffled = prepare(delta, remembered()), prepare(delta[order], remembered())
+    # so wide a deviation leaves the choice to the random numbers
+    plain, shuffled = (prepare(given, remembered(deviation=50.0)) for given in (delta, delta[order]))
     assert torch.equal(shuffled["keep"], plain["keep"][order])
     torch.testing.assert_close(shuffled["beta_batch"], plain["beta_batch"])
 
