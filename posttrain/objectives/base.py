@@ -64,6 +64,7 @@ class Declaration:
             A 0-d tensor goes to every micro-batch; a 1-d tensor has an entry for each unit of the inputs, in their
             order, and each micro-batch gets its own part.
         prepare_if: hyper-parameters -> whether ``prepare`` is needed at all; None means always.
+        role: of the statistics that name none, where the trainer's completions have roles and the term names none.
         state: what a stateful objective remembers from step to step, see `State`.
     """
 
@@ -75,6 +76,7 @@ class Declaration:
     prepare: Callable[..., dict[str, Tensor]] | None = None
     prepare_if: Callable[[Mapping[str, Any]], bool] | None = None
     state: type[State] | None = None
+    role: str | None = None
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -90,9 +92,10 @@ def declare(
     prepare: Callable[..., dict[str, Tensor]] | None = None,
     prepare_if: Callable[[Mapping[str, Any]], bool] | None = None,
     state: type[State] | None = None,
+    role: str | None = None,
 ) -> Callable[[Function], Function]:
     """Attach a `Declaration` to an objective as ``function.declaration``; the function itself stays as it is."""
-    declaration = Declaration(unit, formula, paper, token_local, model_weight, prepare, prepare_if, state)
+    declaration = Declaration(unit, formula, paper, token_local, model_weight, prepare, prepare_if, state, role)
 
     def attach(function: Function) -> Function:
         function.declaration = declaration  # type: ignore[attr-defined]
