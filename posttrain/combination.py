@@ -1,0 +1,152 @@
+"""The ``objective`` of unlearning: terms to forget, terms to retain, and how they are combined."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain import objectives
+from posttrain.suggest import unknown
+from posttrain.terms import Objective
+
+KEYS = ("forget", "retain", "combine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constraint:
+    """Minimise the forget loss subject to the retain loss being at most ``epsilon`` (arXiv:2506.05314).
+
+    The retain loss counts with the dual variable as its weight; after every optimizer step the dual variable becomes
+    max(0, dual + step (retain loss - epsilon)), from the loss of that whole step.
+
+    Args:
+        epsilon: bound of the retain loss, in its own unit (nats a token for nll).
+        step: of the dual variable, per unit of retain loss.
+        initial: dual variable at the start, and throughout the warm-up.
+        warmup_epochs: of the forget data, before the dual variable moves.
+    """
+
+    epsilon: float
+    step: float = 1.0
+    initial: float = 1.0
+    warmup_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise ValueError(f"objective.combine.constraint.{item.name} is {value!r}; give a number of at least 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """How the two sides add up.
+
+    Args:
+        forget: weight of the forget terms.
+        retain: weight of the retain terms; the dual variable stands in its place under a constraint.
+        constraint: None for a weighted sum.
+    """
+
+    forget: float = 1.0
+    retain: float = 1.0
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True)
+class ForgetRetain:
+    """A parsed objective.
+
+    Args:
+        terms: as `posttrain.terms.build_terms` takes them, those to forget first, each with its role.
+        forgets: how many of them are forget terms.
+        combination: of the two sides.
+    """
+
+    terms: list[dict[str, Any]]
+    forgets: int
+    combination: Combination
+
+
+def parse(objective: Any) -> ForgetRetain:
+    """Read ``{forget: ..., retain: ..., combine: ...}``; a term alone is a forget term without a retain term.
+
+    Raises:
+        ValueError: an unknown key, no forget term, or a combination that is neither a sum nor a constraint.
+    """
+    if not isinstance(objective, Mapping) or "forget" not in objective:
+        given = f"the keys {sorted(objective)}" if isinstance(objective, Mapping) else repr(objective)
+        if isinstance(objective, Mapping) and "name" not in objective:
+            raise ValueError(f"objective has {given} and no `forget`; name the loss on the forget data there.")
+        objective = {"forget": objective}
+    for key in objective:
+        if key not in KEYS:
+            raise ValueError(unknown("key of objective", f"objective.{key}", [f"objective.{one}" for one in KEYS]))
+    combination = _combination(objective.get("combine"))
+    forget = _side(objective["forget"], "forget", combination.forget)
+    retain = _side(objective.get("retain") or [], "retain", combination.retain)
+    if combination.constraint is not None and not retain:
+        raise ValueError("objective.combine is a constraint on the retain loss, and objective.retain is missing.")
+    return ForgetRetain(forget + retain, len(forget), combination)
+
+
+def _side(given: Objective | list[Any], role: str, weight: float) -> list[dict[str, Any]]:
+    terms: list[dict[str, Any]] = []
+    for item in given if isinstance(given, list | tuple) else [given]:
+        term = dict(item) if isinstance(item, Mapping) else {"name": item}
+        function = term.get("name")
+        function = objectives.get(function) if isinstance(function, str) else function
+        declared = getattr(getattr(function, "declaration", None), "role", None)
+        term.setdefault("role", declared or role)
+        term["weight"] = weight * term.get("weight", 1.0)
+        terms.append(term)
+    return terms
+
+
+def _combination(given: Any) -> Combination:
+    if given is None:
+        return Combination()
+    if not isinstance(given, Mapping) or len(given) != 1 or next(iter(given)) not in ("sum", "constraint"):
+        raise ValueError(
+            f"objective.combine is {given!r}; give {{sum: {{forget: 1.0, retain: 1.0}}}} or {{constraint: {{epsilon: "
+            "0.3}}}}."
+        )
+    ((kind, options),) = given.items()
+    known = ["forget", "retain"] if kind == "sum" else [item.name for item in fields(Constraint)]
+    for key in options:
+        if key not in known:
+            raise ValueError(unknown(f"key of objective.combine.{kind}", key, known))
+    if kind == "sum":
+        return Combination(**options)
+    if "epsilon" not in options:
+        raise ValueError("objective.combine.constraint.epsilon is missing; give the bound of the retain loss.")
+    return Combination(constraint=Constraint(**options))
+
+
+class DualVariable:
+    """The multiplier of the retain loss under a `Constraint`.
+
+    Args:
+        constraint: of the run.
+    """
+
+    def __init__(self, constraint: Constraint) -> None:
+        self.constraint = constraint
+        self.value: Tensor = torch.tensor(float(constraint.initial), dtype=torch.float64)
+
+    def update(self, retain_loss: Tensor, epoch: float) -> None:
+        """One ascent step on the dual, from the whole step's retain loss; nothing during the warm-up."""
+        if epoch <= self.constraint.warmup_epochs:
+            return
+        violation = retain_loss.to(self.value) - self.constraint.epsilon
+        self.value = torch.clamp(self.value + self.constraint.step * violation, min=0.0)
+
+    def state_dict(self) -> dict[str, float]:
+        """What goes into the checkpoint."""
+        return {"value": float(self.value)}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue from what `state_dict` gave."""
+        self.value = torch.tensor(state["value"], dtype=torch.float64)
