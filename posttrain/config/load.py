@@ -69,6 +69,10 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
         raise ValueError(
             f"reference is {config.reference!r}, and the supervised trainer has no reference model; leave it at auto."
         )
+    if config.shared_prefix != "auto" and not isinstance(config.shared_prefix, bool):
+        raise ValueError(f"shared_prefix is {config.shared_prefix!r}; give auto, true or false.")
+    if config.shared_prefix is True and config.method != "preference":
+        raise ValueError(f"shared_prefix is true, and method {config.method} has no pairs; leave it at auto.")
     if config.data.train is not None:
         check_source(config.data.train, "data.train")
         _check_pair_settings(config.data.train, "data.train", config.method)

@@ -169,6 +169,7 @@ class RunConfig:
         peft: None, or keys of ``peft.LoraConfig`` (of another class where ``peft_type`` names one).
         reference: ``auto``, ``cached``, ``adapter_off``, ``model`` or ``none``.
         reference_model: None takes the model as it is before training.
+        shared_prefix: ``auto``, true or false: a pair in one row behind its prompt, for ``method: preference``.
         resume: true continues from the output folder's last checkpoint, a path from that checkpoint.
         overwrite: an earlier run's files in the output folder may be replaced.
     """
@@ -184,6 +185,7 @@ class RunConfig:
     peft: dict[str, Any] | None = None
     reference: str = "auto"
     reference_model: ModelConfig | None = None
+    shared_prefix: bool | str = "auto"
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     annotation: AnnotationConfig = field(default_factory=AnnotationConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)

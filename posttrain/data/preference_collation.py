@@ -1,6 +1,6 @@
 """Batches of prompts with completions, all of one role together, and the `Side` that says which is which."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from posttrain.data.collation import ROW_NUMBER
 from posttrain.data.preference_preparation import PROMPT
+from posttrain.modeling.shared_prefix import SharedPrefixLayout, shared_prefix_layout
 from posttrain.side import Block, Side
 
 # Columns of a reference model, per completion: summed over its tokens, or a list over its trained tokens.
@@ -61,7 +62,11 @@ def lay_out(pairs: Sequence[tuple[list[int], list[int]]], pad_token_id: int, mul
 
 
 def sequence_side(
-    examples: Sequence[dict[str, Any]], roles: Sequence[str], laid: Sequences, columns: Sequence[str], tokens: int
+    examples: Sequence[dict[str, Any]],
+    roles: Sequence[str],
+    laid: Sequences | SharedPrefixLayout,
+    columns: Sequence[str],
+    tokens: int,
 ) -> Side:
     """The `Side` of sequences that lie role after role, each role in the examples' order.
 
@@ -127,9 +132,12 @@ class PairCollator(DataCollatorForPreference):
 
     Args:
         columns: data columns that objectives bind, one number a pair.
+        shares_prompts: whether chosen and rejected of a micro-batch go into one row behind their prompt; called with
+            the lengths of prompts, chosen and rejected. None: never.
     """
 
     columns: tuple[str, ...] = ()
+    shares_prompts: Callable[..., bool] | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
@@ -138,9 +146,20 @@ class PairCollator(DataCollatorForPreference):
             ValueError: a column is missing or not finite; the message names the column and the row.
         """
         roles = ("chosen", "rejected")
-        rows = [(example[PROMPT], example[f"{role}_ids"]) for role in roles for example in examples]
-        laid = lay_out(rows, self.pad_token_id, self.pad_to_multiple_of)
+        prompts = [example[PROMPT] for example in examples]
+        completions = [[example[f"{role}_ids"] for example in examples] for role in roles]
+        rows = [(prompt, own) for role in completions for prompt, own in zip(prompts, role, strict=True)]
         tokens = sum(len(prompt) + len(completion) for prompt, completion in rows)
+        lengths = [[*map(len, part)] for part in (prompts, *completions)]
+        if self.shares_prompts is not None and self.shares_prompts(*lengths):
+            multiple_of = self.pad_to_multiple_of or 1
+            shared = shared_prefix_layout(
+                prompts, *completions, pad_token_id=self.pad_token_id, pad_to_multiple_of=multiple_of
+            )
+            side = sequence_side(examples, roles, shared, self.columns, tokens)
+            inputs = {name: getattr(shared, name) for name in ("input_ids", "position_ids", "segment_ids")}
+            return {**inputs, "side": side}
+        laid = lay_out(rows, self.pad_token_id, self.pad_to_multiple_of)
         side = sequence_side(examples, roles, laid, self.columns, tokens)
         return {"input_ids": laid.input_ids, "attention_mask": laid.attention_mask, "side": side}
 

@@ -11,7 +11,6 @@ from datasets import Dataset, Features, Value
 
 from posttrain import __version__
 from posttrain.data.collation import ROW_NUMBER
-from posttrain.data.replacing import replace
 from posttrain.data.skipping import report, skip
 from posttrain.data.sources import Rows, columns_of
 
@@ -174,11 +173,15 @@ def _swapped(rows: Rows, column: str) -> Rows:
     columns = columns_of(rows)
     exchanged = [("chosen", "rejected"), *((chosen, rejected) for _, chosen, rejected in twins(columns))]
     turned = tuple(name for name in (*MARGINS, PROBABILITY) if name in columns)
-    # two columns of one type take each other's values as they are
-    unlike = [
-        pair for pair in exchanged if isinstance(rows, Dataset) and len({str(rows.features[n]) for n in pair}) > 1
-    ]
-    return replace(rows, _Swap(column, tuple(exchanged), turned), produced=[name for pair in unlike for name in pair])
+    if isinstance(rows, Dataset):
+        types = {name: str(getattr(feature, "dtype", "")) for name, feature in rows.features.items()}
+        for names in exchanged:
+            # whole numbers on one side have no room for the other side's fractions
+            kinds = {types[name] for name in names}
+            if len(kinds) > 1 and all(kind.startswith(("int", "uint", "float")) for kind in kinds):
+                for name in names:
+                    rows = rows.cast_column(name, Value("float64"))
+    return rows.map(_Swap(column, tuple(exchanged), turned))
 
 
 @dataclass(frozen=True)

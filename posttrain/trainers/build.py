@@ -5,10 +5,15 @@ from typing import Any
 from posttrain.config import RunConfig, peft_config
 from posttrain.loading import load_model
 from posttrain.sharding import unsharded
+from posttrain.trainers.binary_feedback import BinaryFeedbackTrainer
 from posttrain.trainers.preference import PreferenceTrainer
 from posttrain.trainers.supervised import SupervisedTrainer
 
-TRAINERS: dict[str, Any] = {"supervised": SupervisedTrainer, "preference": PreferenceTrainer}
+TRAINERS: dict[str, Any] = {
+    "supervised": SupervisedTrainer,
+    "preference": PreferenceTrainer,
+    "binary_feedback": BinaryFeedbackTrainer,
+}
 
 
 def build(config: RunConfig, args: Any, tokenizer: Any, train_rows: Any, eval_rows: Any) -> Any:
@@ -30,6 +35,7 @@ def build(config: RunConfig, args: Any, tokenizer: Any, train_rows: Any, eval_ro
             frozen["ref_model"] = load_model(config.reference_model, key="reference_model")
     if config.method == "preference":
         frozen["diagnostics"] = config.diagnostics
+        frozen["shared_prefix"] = config.shared_prefix
     return TRAINERS[config.method](
         model=load_model(config.model),
         args=args,

@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 from trl import DPOConfig, DPOTrainer
 
 from posttrain.config import DiagnosticsConfig
 from posttrain.config.trainer import checked
 from posttrain.data.preference_collation import PairCollator
 from posttrain.data.preparation import AnyDataset, column_names
+from posttrain.modeling import check_shared_prefix
+from posttrain.trainers.coupling import preserved_random_state
 from posttrain.trainers.pair_diagnostics import PairDiagnostics
+from posttrain.trainers.prompt_sharing import check_setting, prompt_sharing
 from posttrain.trainers.referenced import ReferencedMixin
 
 logger = logging.getLogger(__name__)
@@ -32,12 +36,15 @@ class PreferenceTrainer(PairDiagnostics, ReferencedMixin, DPOTrainer):  # type: 
         kernel: a `KernelConfig` or a mapping of its keys.
         reference: ``cached``, ``adapter_off``, ``model``, ``none``, or ``auto``, which takes what the objective needs
             and costs least.
+        shared_prefix: chosen and rejected in one row behind their prompt, which is computed once; ``auto`` does so in
+            the micro-batches where it saves time, if the model allows it.
         diagnostics: a `DiagnosticsConfig` or a mapping of its keys. Where training evaluates, it does so before the
             first step as well (``eval_on_start``), so that changes are told from the start.
 
     Raises:
         ValueError: unknown objective, statistic, column or hyper-parameter; a TRL setting that ``objective`` or
-            ``reference`` replaces; rows without a finite number in a column that the objective binds.
+            ``reference`` replaces; rows without a finite number in a column that the objective binds; ``shared_prefix``
+            true for a model that cannot share prompts exactly.
     """
 
     _name = "posttrain-DPO"
@@ -47,18 +54,32 @@ class PreferenceTrainer(PairDiagnostics, ReferencedMixin, DPOTrainer):  # type: 
 
     def _collator(self) -> PairCollator:
         theirs: Any = self.data_collator
+        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
+        self._shares_prompts = prompt_sharing(self._shared_prefix, models)
         return PairCollator(
-            pad_token_id=theirs.pad_token_id, pad_to_multiple_of=theirs.pad_to_multiple_of, columns=self._columns
+            pad_token_id=theirs.pad_token_id,
+            pad_to_multiple_of=theirs.pad_to_multiple_of,
+            columns=self._columns,
+            shares_prompts=self._shares_prompts,
         )
+
+    def _check_head_once(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        first = not self._head_checked
+        super()._check_head_once(model, inputs)
+        if first and self._shares_prompts is not None:
+            with preserved_random_state(self.accelerator.device):
+                check_shared_prefix(model, self.accelerator.device)
 
     def __init__(
         self,
         *args: Any,
+        shared_prefix: bool | str = "auto",
         diagnostics: DiagnosticsConfig | Mapping[str, Any] | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
+        self._shared_prefix = check_setting(shared_prefix)
         if not isinstance(diagnostics, DiagnosticsConfig):
             diagnostics = DiagnosticsConfig(**checked(diagnostics or {}, DiagnosticsConfig, "diagnostics"))
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]

@@ -14,7 +14,7 @@ from posttrain.annotation.reward_model import accuracy
 from posttrain.config import from_tree
 from posttrain.loading import load_rows, load_tokenizer
 from tests import tiny
-from tests.annotation.runs import configuration, read_rows, save_model
+from tests.annotation.runs import configuration, read_rows, save_model, write_rows
 
 TRAINING = {
     "max_steps": 20,
@@ -141,6 +141,39 @@ def test_with_folds_no_pair_is_scored_by_a_model_that_saw_its_prompt(tmp_path, m
     assert len(seen) == 3 and about["held_out_pairs"] == 12
     tokenizer = tiny.tokenizer()
     assert [row["chosen_reward"] for row in found] == [tokenizer(row["prompt"])["input_ids"][0] for row in rows]
+
+
+def test_held_out_pairs_are_not_trained_on_and_may_be_others_than_the_scored(tmp_path, monkeypatch):
+    other = write_rows(tmp_path / "other.jsonl", pairs(10)[5:])
+    reward = {"data": {"path": other}, "holdout": 0.4}
+    config = configuration(tmp_path, "preference", save_model(tmp_path / "model"), pairs(5), reward=reward)
+    scored = []
+    monkeypatch.setattr(reward_margins, "train_reward_model", lambda config, material, tokenizer, name: material)
+
+    def score(model, material, *, batch_size):
+        scored.append(len(material))
+        assert len(model) == 3 and not {*map(tuple, model["chosen_ids"])} & {*map(tuple, material["chosen_ids"])}
+        return np.ones(len(material)), np.zeros(len(material))
+
+    monkeypatch.setattr(reward_margins, "rewards", score)
+    rows, about = read_rows(annotate_reward_margins(config))
+    assert scored == [2, 5] and about["held_out_pairs"] == 2 and len(rows) == 5
+
+
+def test_adapters_are_trained_and_merged_into_what_is_kept(tmp_path):
+    reward = {"trainer": {**TRAINING, "max_steps": 2, "output_dir": str(tmp_path / "reward")}, "peft": {"r": 2}}
+    model = save_model(tmp_path / "model")
+    rows, _ = read_rows(annotate_reward_margins(configuration(tmp_path, "preference", model, pairs(4), reward=reward)))
+    kept = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    base = tiny.model().state_dict()
+    weights = kept.state_dict()
+    assert not torch.equal(
+        weights["model.layers.0.self_attn.q_proj.weight"], base["model.layers.0.self_attn.q_proj.weight"]
+    )
+    assert torch.equal(weights["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    ids = tiny.tokenizer()(rows[0]["prompt"] + rows[0]["rejected"] + "<eos>", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert rows[0]["rejected_reward"] == pytest.approx(kept(ids).logits.item(), abs=1e-5)
 
 
 def test_a_prompts_pairs_have_one_place_in_a_random_order():

@@ -125,6 +125,11 @@ def test_swapping_exchanges_all_that_belongs_to_either(streaming: bool) -> None:
     assert same == PAIR | MIXED[1] | side | {"score_margin": 0.5, "row_number": 1}
 
 
+def test_swapping_in_a_late_row_fits_the_first_ones() -> None:
+    whole_and_fraction = both(*[(3, 2.0)] * 1500, (1, 2.5))
+    assert scored(whole_and_fraction, inverted="swap")[-1]["chosen_score"] == 2.5
+
+
 def test_a_probability_alone_tells_ties_and_contradictions() -> None:
     rows = [{"preference_probability": value} for value in (0.5, 0.25, 0.75, None)]
     kept = scored(rows, ties="skip", inverted="swap")

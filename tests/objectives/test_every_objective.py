@@ -229,7 +229,8 @@ def test_its_example_is_complete_and_commented(name):
     (mine,) = (term for term in terms if term["name"] == name)
     assert set(signature(objectives.get(name)).hyperparameters) <= set(mine)
     methods = {"preference": {"roles": ("chosen", "rejected")}, "binary_feedback": {"roles": ("mismatched",)}}
-    available = {"columns": {*TOKEN_COLUMNS, *COLUMNS}, "teacher": config.teacher is not None}
+    columns = {*TOKEN_COLUMNS, *COLUMNS} - {ALTERNATIVES.get(name)}
+    available = {"columns": columns, "teacher": config.teacher is not None}
     if config.method in methods:
         available |= {"reference": True, **methods[config.method]}
     built = build_terms(config.objective, Available(**available))
