@@ -95,7 +95,7 @@ def parse(objective: Any) -> ForgetRetain:
 def _side(given: Objective | list[Any], role: str, weight: float) -> list[dict[str, Any]]:
     terms: list[dict[str, Any]] = []
     for item in given if isinstance(given, list | tuple) else [given]:
-        term = dict(item) if isinstance(item, Mapping) else {"name": item}
+        term: dict[str, Any] = dict(item) if isinstance(item, Mapping) else {"name": item}
         function = term.get("name")
         function = objectives.get(function) if isinstance(function, str) else function
         declared = getattr(getattr(function, "declaration", None), "role", None)
@@ -138,7 +138,7 @@ class DualVariable:
 
     def update(self, retain_loss: Tensor, epoch: float) -> None:
         """One ascent step on the dual, from the whole step's retain loss; nothing during the warm-up."""
-        if epoch <= self.constraint.warmup_epochs:
+        if epoch < self.constraint.warmup_epochs:
             return
         violation = retain_loss.to(self.value) - self.constraint.epsilon
         self.value = torch.clamp(self.value + self.constraint.step * violation, min=0.0)

@@ -1,4 +1,4 @@
-"""Forget and retain examples drawn together, whatever the batch: an item is a row to forget with its share of the rest."""
+"""Forget and retain examples drawn together: an item is a row to forget with its share of the rows to retain."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -64,11 +64,10 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
     ) -> None:
         args = _sft_config(args, model)
         trl_adapter.refuse_replaced_settings(args)
-        trl_adapter.refuse_own_parts(kwargs, "SupervisedTrainer")
+        trl_adapter.refuse_own_parts(kwargs, type(self).__name__)
         if train_dataset is None:
             raise ValueError("train_dataset is missing; pass a datasets.Dataset or IterableDataset.")
-        available = Available(columns=_side_columns(train_dataset), teacher=teacher is not None)
-        terms = build_terms(objective, available)
+        terms = self._build_terms(objective, train_dataset, teacher is not None)
         kernel = kernel_config(kernel)
         check_kernel(kernel, terms, args.device)
         _check_streams(args, train_dataset, eval_dataset)
@@ -89,11 +88,19 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
                 **kwargs,
             )
         trl_adapter.refuse_parallelism(self.accelerator)
-        vocab_size = self.model.config.get_text_config().vocab_size
-        self.data_collator = trl_adapter.own_collator(self.data_collator, self._columns, vocab_size)
+        self.data_collator = self._collator()
         attach(self.model)
         self.teacher = self._place_teacher(teacher)
         self._start_objective(terms, kernel)
+
+    def _build_terms(
+        self, objective: Objective | list[Objective], dataset: AnyDataset, teacher: bool
+    ) -> tuple[Term, ...]:
+        return build_terms(objective, Available(columns=side_columns(dataset), teacher=teacher))
+
+    def _collator(self) -> Any:
+        vocab_size = self.model.config.get_text_config().vocab_size
+        return trl_adapter.own_collator(self.data_collator, self._columns, vocab_size)
 
     def _place_teacher(self, teacher: str | PreTrainedModel | None) -> nn.Module | None:
         if teacher is None:
@@ -172,7 +179,7 @@ def _sft_config(args: SFTConfig | TrainingArguments | None, model: Any) -> SFTCo
     return SFTConfig(f"{name.rstrip('/').rpartition('/')[2]}-posttrain")
 
 
-def _side_columns(dataset: AnyDataset) -> list[str]:
+def side_columns(dataset: AnyDataset) -> list[str]:
     return [name for name in column_names(dataset) if name not in TEXT_COLUMNS]
 
 

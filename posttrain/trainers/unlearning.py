@@ -1,0 +1,230 @@
+"""Unlearning on trl.SFTTrainer: terms on what is to be forgotten, terms on what is to stay, a sum or a constraint."""
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from posttrain.binding import reference_groups
+from posttrain.combination import DualVariable, parse
+from posttrain.data.collation import ROW_NUMBER
+from posttrain.data.drawing import DrawingSampler, DrawnRows
+from posttrain.data.overlap import refuse_overlap
+from posttrain.data.preparation import AnyDataset, column_names, number_rows
+from posttrain.data.refusals import with_refusals
+from posttrain.data.unlearning_collation import ROLES, UnlearningCollator
+from posttrain.modeling import attach
+from posttrain.reduction import StepCounts, sum_dtype
+from posttrain.side import Side
+from posttrain.term import Term
+from posttrain.terms import Available, build_terms
+from posttrain.trainers.coupling import Computed
+from posttrain.trainers.metrics import MetricSums
+from posttrain.trainers.reference import LiveReference, Needs, needs_vocabulary
+from posttrain.trainers.supervised import SupervisedTrainer, side_columns
+
+logger = logging.getLogger(__name__)
+
+DUAL = "dual_variable"
+
+
+class UnlearningTrainer(SupervisedTrainer):
+    """trl.SFTTrainer that forgets one data set and keeps another.
+
+    The loss of a step is the forget terms' plus the retain terms', each over its own count of the whole step and all
+    ranks; under a constraint the retain terms weigh by a dual variable, which moves once per optimizer step.
+
+    Args:
+        model, args, processing_class, peft_config, ...: TRL's own.
+        objective: ``{forget: ..., retain: ..., combine: ...}``, see `posttrain.combination.parse`.
+        forget_dataset: rows with ``prompt`` and ``completion``; an epoch is an epoch of these.
+        retain_dataset: the same, of what is to stay; None where no term asks for it.
+        refusals: texts, one of which each row to forget gets as a second completion, drawn by ``args.seed``.
+        retain_per_forget: rows to retain drawn beside each row to forget.
+        refusal_template: a short text whose tokens repeat over the positions of a forget answer, for terms that ask for
+            ``ids_logp``.
+        allow_overlap: rows that stand in both data sets are counted and kept instead of refused.
+        reference: ``model``, ``adapter_off``, ``none``, or ``auto``: the model before unlearning.
+
+    Raises:
+        ValueError: as `SupervisedTrainer`; a term asks for completions that there are none of; overlapping data.
+    """
+
+    _name = "posttrain-unlearning"
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        *,
+        objective: Any,
+        forget_dataset: Dataset | None = None,
+        retain_dataset: Dataset | None = None,
+        refusals: list[str] | None = None,
+        retain_per_forget: float = 1.0,
+        refusal_template: str | None = None,
+        allow_overlap: bool = False,
+        reference: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        if forget_dataset is None:
+            raise ValueError("forget_dataset is missing; pass the rows to forget.")
+        if kwargs.get("eval_dataset") is not None:
+            raise ValueError("eval_dataset is given, and unlearning has no evaluation loss; use evaluation: instead.")
+        self._parsed = parse(objective)
+        self._given = {"retain": retain_dataset, "refusal": refusals}
+        self._template = refusal_template
+        if retain_dataset is not None:
+            refuse_overlap(forget_dataset, retain_dataset, allowed=allow_overlap)
+        reference_model = self._reference_copy(model, reference, kwargs.get("peft_config"))
+        numbered: Any = number_rows(forget_dataset)
+        super().__init__(model, args, objective=[*self._parsed.terms], train_dataset=numbered, **kwargs)
+        constraint = self._parsed.combination.constraint
+        self.dual = DualVariable(constraint) if constraint else None
+        self._step_losses = torch.zeros(2, dtype=sum_dtype(self.accelerator.device), device=self.accelerator.device)
+        self._live_reference = self._start_reference(reference_model)
+        self.train_dataset: Any = self._drawn(numbered, retain_dataset, refusals, retain_per_forget)
+
+    def _build_terms(self, objective: Any, dataset: AnyDataset, teacher: bool) -> tuple[Term, ...]:
+        roles = ["forget"]
+        roles += ["retain"] if self._given["retain"] is not None else []
+        roles += ["refusal"] if self._given["refusal"] else []
+        roles += ["retain_refusal"] if self._given["retain"] is not None and self._given["refusal"] else []
+        columns = side_columns(dataset) + (["teacher_ids"] if self._template else [])
+        return build_terms(objective, Available(columns=columns, roles=roles, reference=True, needs_role=True))
+
+    def _reference_copy(self, model: Any, reference: str, peft_config: Any) -> Any:
+        """A copy of the model before anything changes it, where the reference is not the policy without its adapter."""
+        if reference not in ("auto", "model", "adapter_off", "none"):
+            raise ValueError(f"reference is {reference!r}; unlearning knows auto, model, adapter_off and none.")
+        adapter = peft_config is not None or isinstance(model, PeftModel)
+        self.reference = ("adapter_off" if adapter else "model") if reference == "auto" else reference
+        if self.reference == "adapter_off" and not adapter:
+            raise ValueError("reference is adapter_off, and the model has no adapter; set it to model, or give peft.")
+        if self.reference != "model" or isinstance(model, str) or not self._asks_reference():
+            return None
+        return copy.deepcopy(model)
+
+    def _asks_reference(self) -> bool:
+        available = Available(roles=ROLES, reference=True, needs_role=True, columns=["teacher_ids"])
+        terms = build_terms([*self._parsed.terms], available)
+        return bool(reference_groups(terms)) or needs_vocabulary(terms)
+
+    def _start_reference(self, model: Any) -> LiveReference | None:
+        needs = Needs(reference_groups(self.terms), needs_vocabulary(self.terms))
+        if not needs.any or self.reference == "none":
+            return None
+        if self.reference == "model":
+            if model is None:
+                model = type(self.model).from_pretrained(self.model.config._name_or_path, dtype=self.model.dtype)
+            attach(model)
+            model = self.accelerator.prepare_model(model.eval().requires_grad_(False), evaluation_mode=True)
+        return LiveReference(model, needs, {"backend": self.kernel.backend, "budget": self.kernel.budget})
+
+    def _frozen(self, model: nn.Module, model_inputs: dict[str, Any], side: Side) -> tuple[Computed, Any]:
+        if self._live_reference is None:
+            return {}, None
+        return self._live_reference(model, self.accelerator.unwrap_model(model), model_inputs, side)
+
+    def _drawn(self, forget: Dataset, retain: Dataset | None, refusals: list[str] | None, ratio: float) -> DrawnRows:
+        """The prepared rows of every role that a term reads, and the sampler that draws them."""
+        read = {one.role or term.role for term in self.terms for one in term.all_statistics}
+        read |= {term.role for term in self.terms}
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        parts: dict[str, Any] = {"forget": self.train_dataset, "retain": None}
+        if "retain" in read and retain is not None:
+            parts["retain"] = self._prepared(retain, "retain")
+        for role, given in (("refusal", forget), ("retain_refusal", retain)):
+            own = parts["retain" if role.startswith("retain") else "forget"]
+            parts[role] = None
+            if role in read and given is not None and own is not None and refusals:
+                numbered: Any = number_rows(given)
+                rows = with_refusals(numbered, own[ROW_NUMBER], refusals, seed=seed)
+                parts[role] = self._prepared(rows, role)
+                if len(parts[role]) != len(own):
+                    raise ValueError(
+                        f"{len(own) - len(parts[role])} prompts of the {role} data leave no room for a refusal within "
+                        "trainer.max_length; raise it."
+                    )
+        kept = parts["retain"]
+        sampler = DrawingSampler(len(parts["forget"]), len(kept) if kept is not None else 0, ratio=ratio, seed=seed)
+        return DrawnRows(parts["forget"], kept, parts["refusal"], parts["retain_refusal"], sampler)
+
+    def _prepared(self, rows: Dataset, name: str) -> Any:
+        missing = [column for column in self._columns if column not in column_names(rows)]
+        rows = rows.add_column(missing[0], [0.0] * len(rows)) if missing else rows
+        prepare: Callable[..., Any] = self._prepare_dataset
+        return prepare(rows, self.processing_class, self.args, False, None, name)
+
+    def _collator(self) -> UnlearningCollator:
+        theirs: Any = self.data_collator
+        assert isinstance(theirs, DataCollatorForLanguageModeling)
+        template = None
+        if self._template:
+            tokenizer: Any = self.processing_class
+            template = tuple(tokenizer(self._template, add_special_tokens=False)["input_ids"])
+        self._columns = tuple(name for name in self._columns if name != "teacher_ids")
+        return UnlearningCollator(
+            pad_token_id=theirs.pad_token_id,
+            pad_to_multiple_of=theirs.pad_to_multiple_of,
+            columns=self._columns,
+            template=template,
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        drawn: Any = self.train_dataset
+        return drawn.sampler
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Of items with rows by role."""
+        self._signature_columns = list(ROLES)  # type: ignore[assignment]
+        return super().get_train_dataloader()
+
+    def _reduce(self, counts: StepCounts, computed: Computed, side: Side, sums: MetricSums) -> list[Tensor]:
+        shares = super()._reduce(counts, computed, side, sums)
+        forgets = self._parsed.forgets
+        sides = [torch.stack(part).sum() if part else torch.zeros(()) for part in (shares[:forgets], shares[forgets:])]
+        if torch.is_grad_enabled():
+            self._step_losses += torch.stack([side.detach().to(self._step_losses) for side in sides])
+        if self.dual is None:
+            return shares
+        weight = self.dual.value.to(shares[0])
+        return [*shares[:forgets], *(weight * share for share in shares[forgets:])]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """One micro-batch's share; after the step's last one, the dual variable moves."""
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        counts = num_items_in_batch
+        if not isinstance(counts, StepCounts) or counts.seen == len(counts.batches):
+            self._finish_step()
+        return found
+
+    def _finish_step(self) -> None:
+        """Whole-step losses of both sides, over micro-batches and ranks, and what follows from them."""
+        forget, retain = self.accelerator.reduce(self._step_losses, "sum")
+        self._step_losses = torch.zeros_like(self._step_losses)
+        self._sums["train"].add("forget_loss", forget)
+        if len(self.terms) > self._parsed.forgets:
+            self._sums["train"].add("retain_loss", retain)
+        if self.dual is not None:
+            self._sums["train"].add("dual", self.dual.value.to(self.accelerator.device))
+            self.dual.update(retain, float(self.state.epoch or 0.0))
+
+    def _remembered(self) -> dict[str, Any]:
+        return super()._remembered() | ({DUAL: self.dual.state_dict()} if self.dual is not None else {})
+
+    def _remember(self, saved: Mapping[str, Any]) -> None:
+        super()._remember(dict(saved))
+        if self.dual is not None:
+            if DUAL not in saved:
+                raise ValueError("the checkpoint holds no dual variable; it was saved without a constraint.")
+            self.dual.load_state_dict(saved[DUAL])
