@@ -18,7 +18,7 @@ from posttrain import run_record
 from posttrain.config import ModelConfig, RunConfig, trainer_config_class
 from posttrain.config.resolve import on_cpu
 from posttrain.evaluation import HarnessTask, Report, evaluate, harness, plot_pass_at_k
-from posttrain.loading import load_model, load_rows, load_sources, load_tokenizer, location
+from posttrain.loading import load_model, load_sources, load_tokenizer, location
 from posttrain.metrics_log import MetricsLog, plot_curves, read
 from posttrain.resources import Resources
 from posttrain.sharding import unsharded
@@ -64,9 +64,7 @@ def prepare(config: RunConfig) -> Run:
     Raises:
         ValueError: no training data, a folder that holds another run, or anything that loading or the trainer refuses.
     """
-    if config.data.train is None:
-        raise ValueError("data.train is missing; name a path or a task to train on.")
-    from posttrain.trainers.build import build
+    from posttrain.trainers.build import build, rows
 
     # before the model: under ZeRO-3 this is what makes from_pretrained shard while it loads
     args = trainer_config_class(config.method)(**config.trainer)
@@ -74,14 +72,9 @@ def prepare(config: RunConfig) -> Run:
     checkpoint = _guard(config)
     tokenizer = load_tokenizer(config.tokenizer, config.model)
     with PartialState().local_main_process_first():
-        train_rows = load_rows(config.data.train, tokenizer, key="data.train", method=config.method)
-        eval_rows = (
-            load_rows(config.data.eval, tokenizer, key="data.eval", method=config.method)
-            if config.data.eval is not None
-            else None
-        )
+        data = rows(config, tokenizer)
         sources = load_sources(config.evaluation, tokenizer)
-    trainer = build(config, args, tokenizer, train_rows, eval_rows)
+    trainer = build(config, args, tokenizer, data)
     run = Run(config, args, tokenizer, trainer, sources, checkpoint)
     _check_evaluation(run)
     return run

@@ -86,7 +86,22 @@ class EvaluationSource(DataSource):
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """``data:``: what to train on, and what ``eval_loss`` is measured on."""
+    """``data:``: what to train on, and what ``eval_loss`` is measured on.
+
+    Args:
+        train, eval: of every method but unlearning.
+        forget, retain: of unlearning.
+        refusal: rows whose ``completion`` (or ``text``) are refusals; each row to forget gets one of them.
+        retain_per_forget: rows to retain drawn beside each row to forget.
+        refusal_template: a short text that stands over a forget answer's positions, for terms that ask for it.
+        allow_overlap: rows that stand in both are counted and kept instead of refused.
+    """
 
     train: DataSource | None = None
     eval: DataSource | None = None
+    forget: DataSource | None = None
+    retain: DataSource | None = None
+    refusal: DataSource | None = None
+    retain_per_forget: float = 1.0
+    refusal_template: str | None = None
+    allow_overlap: bool = False

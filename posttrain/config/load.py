@@ -73,12 +73,14 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
         raise ValueError(f"shared_prefix is {config.shared_prefix!r}; give auto, true or false.")
     if config.shared_prefix is True and config.method != "preference":
         raise ValueError(f"shared_prefix is true, and method {config.method} has no pairs; leave it at auto.")
-    if config.data.train is not None:
-        check_source(config.data.train, "data.train")
-        _check_pair_settings(config.data.train, "data.train", config.method)
-    if config.data.eval is not None:
-        check_source(config.data.eval, "data.eval")
-        _check_pair_settings(config.data.eval, "data.eval", config.method)
+    for name in ("train", "eval", "forget", "retain", "refusal"):
+        source: DataSource | None = getattr(config.data, name)
+        if source is not None:
+            check_source(source, f"data.{name}")
+            _check_pair_settings(source, f"data.{name}", config.method)
+            if (name in ("train", "eval")) == (config.method == "unlearning"):
+                wanted = "data.forget and data.retain" if config.method == "unlearning" else "data.train"
+                raise ValueError(f"data.{name} is set, and method {config.method} reads {wanted}; move it there.")
     _check_reward(config.annotation.reward)
     for index, source in enumerate(config.evaluation.data or []):
         check_source(source, f"evaluation.data.{index}")

@@ -8,7 +8,12 @@ from typing import Any, get_type_hints
 from posttrain.config.values import convert, join
 from posttrain.suggest import unknown
 
-METHODS: Mapping[str, str] = {"supervised": "SFTConfig", "preference": "DPOConfig", "binary_feedback": "KTOConfig"}
+METHODS: Mapping[str, str] = {
+    "supervised": "SFTConfig",
+    "preference": "DPOConfig",
+    "binary_feedback": "KTOConfig",
+    "unlearning": "SFTConfig",
+}
 
 
 def check_method(method: str) -> None:

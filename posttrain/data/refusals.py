@@ -1,12 +1,35 @@
 """A second completion for prompts: a refusal each, drawn once."""
 
+import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
+from posttrain.config import DataSource
 from posttrain.data.collation import ROW_NUMBER
+from posttrain.data.sources import columns_of, load
+
+
+def read_refusals(source: DataSource, *, key: str = "data.refusal") -> list[str]:
+    """Texts from a plain text file, one a line (.txt, or lines that are no JSON), or from a data source's rows.
+
+    Raises:
+        ValueError: no such file, no text in it, or rows whose columns do not tell which one holds the texts.
+    """
+    path = Path(source.path or "").expanduser()
+    if source.path and path.is_file() and path.suffix in (".txt", ".jsonl"):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if lines and not lines[0].startswith("{"):
+            return [json.loads(line) if line.startswith('"') else line for line in lines][: source.limit]
+    rows = load(source, key=key)
+    names = columns_of(rows)
+    column = next((name for name in ("completion", "text") if name in names), names[0] if len(names) == 1 else None)
+    if column is None:
+        raise ValueError(f"{key} has the columns {names}; name the one with the texts `completion` by {key}.columns.")
+    return [str(row[column]) for row in rows]
 
 
 def with_refusals(rows: Dataset, numbers: Sequence[int], refusals: Sequence[str], *, seed: int) -> Dataset:

@@ -1,29 +1,61 @@
 """A configuration's trainer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from posttrain.config import RunConfig, peft_config
-from posttrain.loading import load_model
+from posttrain.data.refusals import read_refusals
+from posttrain.loading import load_model, load_rows
 from posttrain.sharding import unsharded
 from posttrain.trainers.binary_feedback import BinaryFeedbackTrainer
 from posttrain.trainers.preference import PreferenceTrainer
 from posttrain.trainers.supervised import SupervisedTrainer
+from posttrain.trainers.unlearning import UnlearningTrainer
 
 TRAINERS: dict[str, Any] = {
     "supervised": SupervisedTrainer,
     "preference": PreferenceTrainer,
     "binary_feedback": BinaryFeedbackTrainer,
+    "unlearning": UnlearningTrainer,
 }
 
 
-def build(config: RunConfig, args: Any, tokenizer: Any, train_rows: Any, eval_rows: Any) -> Any:
+def rows(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
+    """The configuration's data as the arguments of its trainer.
+
+    Raises:
+        ValueError: there is none to train on, or as `posttrain.loading.load_rows`.
+    """
+    if config.method != "unlearning":
+        if config.data.train is None:
+            raise ValueError("data.train is missing; name a path or a task to train on.")
+        found = {"train_dataset": _load(config, "train", tokenizer), "eval_dataset": _load(config, "eval", tokenizer)}
+        return found
+    if config.data.forget is None:
+        raise ValueError("data.forget is missing; name the rows to forget.")
+    return {
+        "forget_dataset": _load(config, "forget", tokenizer),
+        "retain_dataset": _load(config, "retain", tokenizer),
+        "refusals": None if config.data.refusal is None else read_refusals(config.data.refusal),
+        "retain_per_forget": config.data.retain_per_forget,
+        "refusal_template": config.data.refusal_template,
+        "allow_overlap": config.data.allow_overlap,
+    }
+
+
+def _load(config: RunConfig, name: str, tokenizer: Any) -> Any:
+    source = getattr(config.data, name)
+    return None if source is None else load_rows(source, tokenizer, key=f"data.{name}", method=config.method)
+
+
+def build(config: RunConfig, args: Any, tokenizer: Any, data: Mapping[str, Any]) -> Any:
     """The trainer of ``config.method`` with its model, objective and data.
 
     Args:
         config: resolved.
         args: of TRL, made before any model is loaded.
         tokenizer: with a padding token.
-        train_rows, eval_rows: as `posttrain.loading.load_rows` gives them.
+        data: as `rows` gives it.
     """
     frozen: dict[str, Any] = {}
     with unsharded(args):
@@ -31,7 +63,7 @@ def build(config: RunConfig, args: Any, tokenizer: Any, train_rows: Any, eval_ro
             frozen["teacher"] = load_model(config.teacher, key="teacher")
     if config.method != "supervised":
         frozen["reference"] = config.reference
-        if config.reference_model is not None:
+        if config.reference_model is not None and config.method != "unlearning":
             frozen["ref_model"] = load_model(config.reference_model, key="reference_model")
     if config.method == "preference":
         frozen["diagnostics"] = config.diagnostics
@@ -39,8 +71,7 @@ def build(config: RunConfig, args: Any, tokenizer: Any, train_rows: Any, eval_ro
     return TRAINERS[config.method](
         model=load_model(config.model),
         args=args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
+        **data,
         processing_class=tokenizer,
         peft_config=peft_config(config.peft),
         objective=config.objective,
