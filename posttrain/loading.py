@@ -188,13 +188,24 @@ def load_evaluation_sources(
 
 
 def load_sources(settings: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any]:
-    """All that ``evaluation:`` measures on, by name: its data, then its tasks of lm-evaluation-harness.
+    """All that ``evaluation:`` measures on, by name: its data, its suites, its tasks of lm-evaluation-harness.
 
     Raises:
-        ValueError: as `load_evaluation_sources` and `posttrain.evaluation.harness.load`, or one name stands for both.
-        ImportError: there are tasks of the harness and it is not installed.
+        ValueError: as `load_evaluation_sources`, `posttrain.evaluation.unlearning.build.benchmarks` and
+            `posttrain.evaluation.harness.load`, or one name stands for several.
+        ImportError: a package that these need is not installed.
     """
+    from posttrain.evaluation.unlearning.build import benchmarks
+
     found = dict(load_evaluation_sources(settings.data or (), tokenizer))
+    suites = benchmarks(settings, tokenizer)
+    for suite in suites:
+        taken = next((name for name in found if name.partition("_")[0] == suite), None)
+        if taken is not None:
+            raise ValueError(
+                f"evaluation.{suite} and evaluation.data both have {taken!r}; give the latter another label."
+            )
+    found |= suites
     if settings.harness is None:
         return found
     from posttrain.evaluation import harness

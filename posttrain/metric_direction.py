@@ -14,10 +14,25 @@ LOWER_IS_BETTER = frozenset(
         "wer",
         "likelihood_diff",
         "pct_stereotype",
+        # of unlearning
+        "forget_ks_geometric",
+        "forget_ks_arithmetic",
     }
 )
-# Neither way: a model may be too sure or too unsure.
-NO_DIRECTION = frozenset({"entropy"})
+# Neither way: a model may be too sure or too unsure, and one that stands out by what it has forgotten leaks that.
+NO_DIRECTION = frozenset(
+    {
+        "entropy",
+        "privleak",
+        "privleak_to_half",
+        "mia_loss_auc",
+        "mia_min_k_auc",
+        "mia_min_k_plus_plus_auc",
+        "mia_zlib_auc",
+        "mia_reference_auc",
+        "mia_min_k",
+    }
+)
 
 
 def direction(metric: str) -> int:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from posttrain import run_record
 from posttrain.config import ModelConfig, RunConfig, trainer_config_class
 from posttrain.config.resolve import on_cpu
-from posttrain.evaluation import HarnessTask, Report, evaluate, harness, plot_pass_at_k
+from posttrain.evaluation import Benchmark, HarnessTask, Report, evaluate, harness, plot_pass_at_k
 from posttrain.loading import load_model, load_sources, load_tokenizer, location
 from posttrain.metrics_log import MetricsLog, plot_curves, read
 from posttrain.resources import Resources
@@ -122,7 +122,8 @@ def evaluate_only(config: RunConfig) -> tuple[Report, Mapping[str, Path]] | None
     Raises:
         ValueError: there is no evaluation data, or the folder holds an evaluation already.
     """
-    if not config.evaluation.data and config.evaluation.harness is None:
+    settings = config.evaluation
+    if not settings.data and settings.harness is None and settings.tofu is None and settings.muse is None:
         raise ValueError("evaluation.data is missing, and data.eval as well; name a path or a task to evaluate on.")
     folder = Path(config.trainer["output_dir"])
     written = folder / run_record.EVALUATION_FILE
@@ -160,6 +161,8 @@ def _check_evaluation(run: Run) -> None:
     for source in run.sources.values():
         if isinstance(source, HarnessTask):
             harness.check(source, run.trainer.model)
+        elif isinstance(source, Benchmark):
+            source.check(run.trainer.model)
     every = run.config.evaluation.every
     if every is not None and every < 1:
         raise ValueError(f"evaluation.every is {every}; give a number of optimizer steps of at least 1, or null.")
@@ -241,7 +244,7 @@ def _report(
     options = {
         item.name: getattr(config.evaluation, item.name)
         for item in dataclasses.fields(config.evaluation)
-        if item.name not in ("data", "harness", "before", "every")
+        if item.name not in ("data", "harness", "tofu", "muse", "before", "every")
     }
     return evaluate(model, tokenizer, sources, **options, checkpoint=checkpoint, progress=True)
 

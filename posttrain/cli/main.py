@@ -60,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.command == "evaluate":
         from posttrain.cli.evaluate import evaluate
 
-        evaluate(arguments.config, arguments.overrides)
+        evaluate(arguments.config, arguments.overrides, suites=arguments.suite)
     elif arguments.command == "diagnose":
         from posttrain.cli.diagnose import diagnose
 
@@ -108,6 +108,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", metavar="KEY.SUB=VALUE", nargs="*", help="overrides keys of the file; the value is YAML"
         )
+        if name == "evaluate":
+            command.add_argument(
+                "--suite",
+                action="append",
+                choices=("tofu", "muse"),
+                help="this suite of the file alone; may be repeated",
+            )
         if name == "compare":
             command.add_argument("--dry-run", action="store_true", help="check and list the runs, run nothing")
             command.add_argument("--report-only", action="store_true", help="write the report of what there is")

@@ -6,6 +6,7 @@ from posttrain.config.load import from_tree, load
 from posttrain.config.resolve import resolve
 from posttrain.config.schema import DiagnosticsConfig, EvaluationConfig, HarnessConfig, KernelConfig, RunConfig
 from posttrain.config.trainer import peft_config, trainer_config_class
+from posttrain.config.unlearning import MuseConfig, TofuConfig
 
 __all__ = [
     "AnnotationConfig",
@@ -17,7 +18,9 @@ __all__ = [
     "HarnessConfig",
     "KernelConfig",
     "ModelConfig",
+    "MuseConfig",
     "RunConfig",
+    "TofuConfig",
     "TokenizerConfig",
     "from_tree",
     "load",

@@ -9,6 +9,8 @@ from posttrain.suggest import nearest
 # Columns that hold text to train on; beside the ones a format produces, TRL would read them as something else.
 TEXT_COLUMNS = frozenset(["prompt", "completion", "messages", "conversations", "text"])
 INSTRUCTION_COLUMNS = ("instruction", "input", "context")
+# The prompt of a question where neither a template is given nor the tokenizer has one for chats.
+QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
 Messages = list[dict[str, Any]]
 Text = str | Messages
 
@@ -69,6 +71,20 @@ def instruction_prompt(row: dict[str, Any], template: str | None, chat: bool) ->
         return [message("user", f"{instruction}\n\n{extra}" if extra else instruction)]
     middle = f"Input:\n{extra}\n" if extra else ""
     return f"Instruction:\n{instruction}\n{middle}Response:\n"
+
+
+def question_prompt(row: dict[str, Any], template: str | None, chat: bool) -> Text:
+    """The prompt of a question: by the template, else a chat prompt where there is a chat template, else plain text."""
+    if template is None and chat:
+        return [message("user", text(row, "question"))]
+    return fill(QUESTION_TEMPLATE if template is None else template, row)
+
+
+def spaced_answer(given: str, prompt: Text) -> Text:
+    """An answer in the form of its prompt; in text, a space parts it from a prompt that does not end in white space."""
+    if not isinstance(prompt, str):
+        return [message("assistant", given)]
+    return given if not prompt or prompt[-1].isspace() else " " + given
 
 
 def answer(given: str, prompt: Text) -> Text:

@@ -20,13 +20,14 @@ from posttrain.suggest import unknown
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("auto", "prompt-completion", "messages", "sharegpt", "instruction", "text", "tokenized")
+FORMATS = ("auto", "prompt-completion", "messages", "sharegpt", "instruction", "question-answer", "text", "tokenized")
 
 _PRODUCED = {
     "prompt-completion": ("prompt", "completion"),
     "messages": ("messages",),
     "sharegpt": ("messages",),
     "instruction": ("prompt", "completion"),
+    "question-answer": ("prompt", "completion"),
     "text": ("text",),
 }
 _SCORED = "format 'scored' is for several scored answers to a prompt, which the method supervised does not read"
@@ -48,6 +49,8 @@ def prepare(
     - ``sharegpt``: ``conversations`` of ``from`` and ``value`` (and a ``system`` column), to ``messages``.
     - ``instruction``: ``instruction``, ``input`` or ``context`` if any, ``output`` or ``response``; to a chat prompt
       where the tokenizer has a chat template, else to a plain one.
+    - ``question-answer``: ``question`` and ``answer``, to a chat prompt where the tokenizer has a chat template, else
+      to ``fields.QUESTION_TEMPLATE``; a space parts prompt and answer, as `posttrain.evaluation.unlearning` measures.
     - ``text``: ``text``, trained in full. ``tokenized``: ``input_ids``, as they are.
 
     Args:
@@ -122,6 +125,9 @@ class Converter:
                 return self._prompt_completion(row)
             if self.format == "instruction":
                 return self._instruction(row)
+            if self.format == "question-answer":
+                prompt = fields.question_prompt(row, self.template, self.chat)
+                return {"prompt": prompt, "completion": fields.spaced_answer(fields.text(row, "answer"), prompt)}
             if self.format == "text":
                 return {"text": fields.text(row, "text")}
             return {"messages": fields.messages(row, "messages" if self.format == "messages" else "conversations")}
@@ -177,13 +183,15 @@ def check_columns(
 ) -> tuple[str, ...]:
     """The source columns that a format reads and replaces, once they are known to be there."""
     if template is not None:
-        fields.check_template(template, columns, format, ("prompt-completion", "instruction"), key)
+        fields.check_template(template, columns, format, ("prompt-completion", "instruction", "question-answer"), key)
     if format == "prompt-completion":
         needed: tuple[str, ...] = () if template is not None else ("prompt",)
         needed += ("completion",) if training else ()
     elif format == "instruction":
         needed = () if template is not None else ("instruction",)
         needed += (fields.first_of(("output", "response"), columns),)
+    elif format == "question-answer":
+        needed = ("question", "answer")
     else:
         needed = ("conversations",) if format == "sharegpt" else (format,)
     for name in needed:

@@ -1,5 +1,6 @@
 """Evaluation: generation (pass@k, maj@k), likelihood and calibration, with bootstrap intervals over rows."""
 
+from posttrain.evaluation.benchmark import Benchmark
 from posttrain.evaluation.bootstrap import Estimate, Statistic, estimate, mean, paired_difference, ratio
 from posttrain.evaluation.generation import Sampling, generate
 from posttrain.evaluation.harness import HarnessTask
@@ -10,6 +11,7 @@ from posttrain.evaluation.report import Report, compare, comparison_table
 from posttrain.evaluation.suite import Source, evaluate
 
 __all__ = [
+    "Benchmark",
     "Estimate",
     "HarnessTask",
     "Likelihood",

@@ -45,35 +45,43 @@ class Batch:
     targets: Int[Tensor, " tokens"]
 
 
-TokenStatistics = Callable[[CausalLM, Batch], dict[str, Tensor]]
+TokenStatistics = Callable[..., dict[str, Tensor]]
 
 
-def token_statistics(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
+def token_statistics(model: CausalLM, batch: Batch, *, surprisal_variance: bool = False) -> dict[str, Tensor]:
     """Statistics of the next-token distribution at every scored position, from the model's own logits.
 
     Returns:
         (tokens,) each: ``logp`` of the target and ``max_logp`` of the most probable token in nats, ``entropy`` in nats,
-        ``is_top1`` boolean; float32, or float64 for a float64 model.
+        ``is_top1`` boolean and, where wanted, ``surprisal_variance`` in nats squared; float32, or float64 for a float64
+        model.
     """
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     rows = logits.flatten(0, 1)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     size = max(1, _BLOCK_ELEMENTS // rows.shape[-1])
     blocks: dict[str, list[Tensor]] = {"logp": [], "max_logp": [], "entropy": [], "is_top1": []}
+    if surprisal_variance:
+        blocks["surprisal_variance"] = []
     for index, targets in zip(batch.target_index.split(size), batch.targets.split(size), strict=True):
         logp = rows[index].to(dtype).log_softmax(dim=-1)
         max_logp, top = logp.max(dim=-1)
         blocks["logp"].append(logp.gather(-1, targets[:, None])[:, 0])
         blocks["max_logp"].append(max_logp)
         # entr(p) = -p log p with 0 at p = 0, where a vocabulary entry is masked to minus infinity
-        blocks["entropy"].append(torch.special.entr(logp.exp()).sum(dim=-1))
+        entropy = torch.special.entr(logp.exp()).sum(dim=-1)
+        blocks["entropy"].append(entropy)
         blocks["is_top1"].append(top == targets)
+        if surprisal_variance:
+            centred = torch.where(logp > -torch.inf, logp + entropy[:, None], 0.0)
+            blocks["surprisal_variance"].append((logp.exp() * centred**2).sum(dim=-1))
     return {name: torch.cat(parts) for name, parts in blocks.items()}
 
 
-def streamed_token_statistics(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
+def streamed_token_statistics(model: CausalLM, batch: Batch, *, surprisal_variance: bool = False) -> dict[str, Tensor]:
     """`token_statistics` of an attached model, without ever holding tokens x vocabulary logits."""
-    group = StatisticsGroup(("logp", "logsumexp", "max_logit", "entropy", "is_top1"))
+    extra = ("surprisal_variance",) if surprisal_variance else ()
+    group = StatisticsGroup(("logp", "logsumexp", "max_logit", "entropy", "is_top1", *extra))
     request = VocabRequest(batch.target_index, batch.targets, (group,))
     found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, vocab_request=request).statistics[0]
     return {
@@ -81,7 +89,7 @@ def streamed_token_statistics(model: CausalLM, batch: Batch) -> dict[str, Tensor
         "max_logp": found["max_logit"] - found["logsumexp"],
         "entropy": found["entropy"],
         "is_top1": found["is_top1"] > 0,
-    }
+    } | {name: found[name] for name in extra}
 
 
 @contextmanager
@@ -168,12 +176,14 @@ def token_scores(
     sequences: Sequence[tuple[list[int], list[bool]]],
     *,
     batch_size: int,
+    surprisal_variance: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Array, Array, dict[str, Array]]]:
     """Per-token statistics of token-id sequences, batch by batch, longest sequences first.
 
     Args:
         sequences: (ids, scored flags) as from `rows.scored_ids`; the first token is never scored, having no context.
+        batch_size, surprisal_variance, progress: as in `likelihood` and `token_statistics`.
 
     Yields:
         (members,) numbers of the batch's sequences; (tokens,) which of these members a token belongs to; and
@@ -187,7 +197,7 @@ def token_scores(
             chosen = order[start : start + batch_size]
             batch, owner = _collate([sequences[index] for index in chosen], model.device)
             with evaluation_mode(model):
-                statistics = statistics_of(model, batch)
+                statistics = statistics_of(model, batch, surprisal_variance=surprisal_variance)
             yield np.array(chosen), owner, {name: value.cpu().numpy() for name, value in statistics.items()}
             if progress is not None:
                 progress(len(chosen))

@@ -18,7 +18,8 @@ Array = npt.NDArray[Any]
 class Measure:
     """One metric on one source: its items' terms, the rows they belong to (ascending), and the bootstrapped value.
 
-    A metric of the whole corpus that is no function of sums over items, such as BLEU, has no statistic.
+    A metric of the whole corpus that is no function of sums over items, such as BLEU, has no statistic. One without an
+    interval, such as a p-value, has NaN for its ends.
     """
 
     statistic: Statistic | None
@@ -143,8 +144,22 @@ def comparison_table(before: Report, after: Report, title: str = "Before and aft
             style = _style(metric, found.difference)
             cells.append(f"[{style}]{difference}[/{style}]" if style else difference)
             table.add_row(name, metric, *cells, str(found.difference.n))
+        for metric, one, two in _without_items(before, after, name):
+            cells = [f"{_number(each.value)} {_interval(each)}".strip() for each in (one, two)]
+            table.add_row(name, metric, *cells, f"{two.value - one.value:+.4g}", str(two.n))
         table.add_section()
     return table
+
+
+def _without_items(before: Report, after: Report, source: str) -> list[tuple[str, Estimate, Estimate]]:
+    """Metrics of the whole, whose difference has no interval."""
+    old, new = before.sources[source].measures, after.sources[source].measures
+    shared = (metric for metric in old if metric in new)
+    return [
+        (metric, old[metric].estimate, new[metric].estimate)
+        for metric in shared
+        if old[metric].statistic is None or new[metric].statistic is None
+    ]
 
 
 def _style(metric: str, difference: Estimate) -> str:
@@ -158,7 +173,7 @@ def _source_dict(source: SourceReport) -> dict[str, Any]:
         "rows": source.rows,
         "fingerprint": source.fingerprint,
         "verifier": source.verifier,
-        "metrics": {name: asdict(measure.estimate) for name, measure in source.measures.items()},
+        "metrics": {name: _estimate_dict(measure.estimate) for name, measure in source.measures.items()},
         "counts": source.counts,
         "not_measured": source.not_measured,
         "reliability": source.reliability,
@@ -166,11 +181,18 @@ def _source_dict(source: SourceReport) -> dict[str, Any]:
     }
 
 
+def _estimate_dict(found: Estimate) -> dict[str, float | None]:
+    """Ready for JSON, which has no NaN: a number without an interval has null for its ends."""
+    return {name: None if value != value else value for name, value in asdict(found).items()}
+
+
 def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
 def _interval(found: Estimate) -> str:
+    if found.low != found.low:
+        return ""
     # Parentheses: square brackets are markup to rich.
     return f"({_number(found.low)}, {_number(found.high)})"
 

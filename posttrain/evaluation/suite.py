@@ -2,22 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.evaluation import bootstrap, verifiers, vllm
+from posttrain.evaluation.benchmark import Benchmark
 from posttrain.evaluation.generation import Sampling, complete
 from posttrain.evaluation.harness import HarnessTask, run
 from posttrain.evaluation.inference import CausalLM
 from posttrain.evaluation.likelihood import Likelihood, likelihood
 from posttrain.evaluation.passk import maj_at_k, pass_at_k
+from posttrain.evaluation.progress import Advance, bar
 from posttrain.evaluation.report import Measure, Report, SourceReport
 from posttrain.evaluation.rows import Row, is_scorable, is_verifiable, prompt_ids, prompt_of, reference_of, require
 from posttrain.suggest import unknown
@@ -101,13 +101,10 @@ class _Findings:
     probability_histogram: list[int] = field(default_factory=list)
 
 
-Advance = Callable[[int], None] | None
-
-
 def evaluate(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    sources: Mapping[str, Source | HarnessTask | Iterable[Row]],
+    sources: Mapping[str, Source | HarnessTask | Benchmark | Iterable[Row]],
     *,
     metrics: Sequence[str] = ("generation", "likelihood"),
     samples: int = 8,
@@ -133,7 +130,7 @@ def evaluate(
     Args:
         model, tokenizer: any Hugging Face causal language model, plain or PEFT; both come back as they were.
         sources: name -> `Source`, or its rows alone, or a task of lm-evaluation-harness from `harness.load`, which has
-            metrics and sampling of its own.
+            metrics and sampling of its own, or a `Benchmark`, which is reported as several sources.
         metrics: `generation`, `likelihood` or both.
         samples, temperature, top_p, max_new_tokens, batch_size, seed: see `generation.Sampling`.
         k: of pass@k and maj@k, each at most `samples`.
@@ -152,16 +149,20 @@ def evaluate(
     sizes = tuple(sorted(set(k)))
     plan = _Plan(tuple(metrics), sampling, sizes, max_length, resamples, level, progress, backend, checkpoint)
     results: dict[str, SourceReport] = {}
+    options: dict[str, Any] = {"batch_size": batch_size, "resamples": resamples, "level": level, "seed": seed}
+    benchmarks: dict[str, Any] = {}
     for name, source in sources.items():
         if isinstance(source, HarnessTask):
-            options = {"batch_size": batch_size, "resamples": resamples, "level": level, "seed": seed}
-            results[name] = run(model, tokenizer, source, **options)  # type: ignore[arg-type]
+            results[name] = run(model, tokenizer, source, **options)
+        elif isinstance(source, Benchmark):
+            results |= source.run(model, tokenizer, **options, progress=progress)
+            benchmarks[name] = source.settings
         else:
             rows = source if isinstance(source, Source) else Source(source)
             results[name] = _evaluate_source(model, tokenizer, name, rows, plan)
     settings = {"metrics": list(metrics), **asdict(sampling), "k": list(plan.k), "max_length": max_length}
     settings["backend"] = backend
-    return Report({**settings, "resamples": resamples, "level": level}, results)
+    return Report({**settings, "resamples": resamples, "level": level, **benchmarks}, results)
 
 
 def _evaluate_source(
@@ -171,10 +172,10 @@ def _evaluate_source(
     kinds = _measurable(name, rows, plan.metrics)
     found = _Findings([{"prompt": prompt_of(row), "reference": reference_of(row)} for row in rows])
     if "generation" in kinds:
-        with _bar(plan.progress, f"{name}: generation", len(rows) * plan.sampling.samples) as advance:
+        with bar(plan.progress, f"{name}: generation", len(rows) * plan.sampling.samples) as advance:
             _generation(model, tokenizer, rows, source, plan, found, advance)
     if "likelihood" in kinds:
-        with _bar(plan.progress, f"{name}: likelihood", len(rows)) as advance:
+        with bar(plan.progress, f"{name}: likelihood", len(rows)) as advance:
             size, limit = plan.sampling.batch_size, plan.max_length
             scored = likelihood(model, tokenizer, rows, batch_size=size, max_length=limit, progress=advance)
             _likelihood(scored, found)
@@ -205,16 +206,6 @@ def _measurable(name: str, rows: Sequence[Row], metrics: Sequence[str]) -> list[
         accepted, description = _ACCEPTS[kind]
         require(rows, f"{kind} on source {name!r}", description, accepted)
     return kinds
-
-
-@contextmanager
-def _bar(shown: bool, description: str, total: int) -> Iterator[Advance]:
-    if not shown:
-        yield None
-        return
-    with Progress() as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda steps: progress.advance(task, steps)
 
 
 def _generation(

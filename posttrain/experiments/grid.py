@@ -20,6 +20,8 @@ Tree = dict[str, Any]
 _SPENT = ("trainer.max_steps", "trainer.num_train_epochs")
 _ROWS_A_STEP = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
 _DATA_KEYS = ("train", "eval", "evaluation")
+# Parts of `evaluation` that bring rows of their own.
+_SUITES = ("harness", "tofu", "muse")
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def expand(config: CompareConfig) -> list[PlannedRun]:
         _check_secrets(run.tree, "run")
         if run.tree.get("data", {}).get("train") is None:
             raise ValueError(f"run.data.train is missing for data {run.data!r}; name a path or a task to train on.")
-        if not evaluation_sources(run.tree) and not run.tree["evaluation"].get("harness"):
+        if not evaluation_sources(run.tree) and not any(run.tree["evaluation"].get(name) for name in _SUITES):
             raise ValueError(f"run.evaluation.data is missing for data {run.data!r}; name what to compare the runs on.")
     return runs
 

@@ -1,0 +1,107 @@
+"""``evaluation.tofu:`` and ``evaluation.muse:``: what unlearning is measured on."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.config.inputs import DataSource, ModelConfig
+
+
+@dataclass(kw_only=True)
+class TofuConfig:
+    """``evaluation.tofu:``: the metrics of TOFU (arXiv:2401.06121) and of later work on rows of questions and answers.
+
+    Rows have the columns ``question`` and ``answer`` and, for the truth ratio, ``paraphrased_answer`` and
+    ``perturbed_answer`` (a list); other names are renamed by ``columns``. What a missing source, column or model leaves
+    out is said in the report.
+
+    Args:
+        forget, retain: the questions to forget, and some of those to keep (TOFU takes the first 400 of all).
+        real_authors, world_facts: general knowledge; the answer stands in for its paraphrase.
+        holdout: questions like those to forget that no model has seen, for membership inference.
+        template: the prompt as a format string over ``question``; None takes the tokenizer's chat template, else
+            ``"Question: {question}\\nAnswer:"``. Training must use the same: format ``question-answer`` does.
+        retain_model: trained without the forget rows. ``name_or_path`` is a model, or the .json of an earlier
+            evaluation of it on the same rows.
+        reference_model: for membership inference by comparison.
+        generate: write answers for ROUGE, which takes the most time; model utility needs it.
+        max_new_tokens: longest answer written, in tokens.
+        min_k: share of an answer's least likely tokens that Min-K and Min-K++ look at.
+        cache: folder that keeps per-token statistics by model weights and rows; None keeps nothing.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    forget: DataSource | None = None
+    retain: DataSource | None = None
+    real_authors: DataSource | None = None
+    world_facts: DataSource | None = None
+    holdout: DataSource | None = None
+    template: str | None = None
+    retain_model: ModelConfig | None = None
+    reference_model: ModelConfig | None = None
+    generate: bool = True
+    max_new_tokens: int = 200
+    min_k: float = 0.4
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, "evaluation.tofu")
+
+
+@dataclass(kw_only=True)
+class MuseConfig:
+    """``evaluation.muse:``: memorisation of texts and of what they say, as MUSE (arXiv:2407.06460) measures it.
+
+    Args:
+        forget, holdout: texts: a .txt file, or rows with a column ``text``; cut into passages.
+        forget_qa, retain_qa: rows with ``question`` and ``answer``, about the texts to forget and about others.
+        examples: rows with ``question`` and ``answer`` that stand in front of each question; None for none.
+        template: as in `TofuConfig`.
+        retain_model: trained without the texts to forget, or the .json of an earlier evaluation of it.
+        prefix_tokens: of a passage, that the model is given.
+        continuation_tokens: of a passage, that it is to continue with.
+        answer_tokens: longest answer to a question, in tokens.
+        passages: at most this many of each set of texts, from the start; None takes all.
+        min_k: share of a passage's least likely tokens that Min-K looks at.
+        cache: as in `TofuConfig`.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    forget: DataSource | None = None
+    holdout: DataSource | None = None
+    forget_qa: DataSource | None = None
+    retain_qa: DataSource | None = None
+    examples: DataSource | None = None
+    template: str | None = None
+    retain_model: ModelConfig | None = None
+    prefix_tokens: int = 128
+    continuation_tokens: int = 128
+    answer_tokens: int = 32
+    passages: int | None = None
+    min_k: float = 0.4
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, "evaluation.muse")
+
+
+def sources_of(suite: TofuConfig | MuseConfig | None) -> Iterator[tuple[str, DataSource]]:
+    """The data sources that a suite names, by key; of None none."""
+    for item in () if suite is None else dataclasses.fields(suite):
+        value = getattr(suite, item.name)
+        if isinstance(value, DataSource):
+            yield item.name, value
+
+
+def _check(suite: Any, key: str) -> None:
+    for item in dataclasses.fields(suite):
+        value = getattr(suite, item.name)
+        if isinstance(value, int) and not isinstance(value, bool) and item.name != "min_k" and value < 1:
+            raise ValueError(f"{key}.{item.name} is {value}; give a number of at least 1.")
+    if not 0 < suite.min_k <= 1:
+        raise ValueError(f"{key}.min_k is {suite.min_k}; give a share above 0 and up to 1.")

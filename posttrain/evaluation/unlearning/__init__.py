@@ -1,0 +1,13 @@
+"""How much a model still knows of what it was to forget, and how much it lost beside: the suites `tofu` and `muse`.
+
+Every metric is a function of per-token statistics that one forward a data set gives (`tokens`), and of the answers
+written.
+"""
+
+from posttrain.evaluation.unlearning.muse import MuseSuite
+from posttrain.evaluation.unlearning.questions import Question, read_questions
+from posttrain.evaluation.unlearning.retain import RetainResults
+from posttrain.evaluation.unlearning.tofu import TofuSuite
+from posttrain.evaluation.unlearning.tokens import AnswerScorer, AnswerTokens
+
+__all__ = ["AnswerScorer", "AnswerTokens", "MuseSuite", "Question", "RetainResults", "TofuSuite", "read_questions"]

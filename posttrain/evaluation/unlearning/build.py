@@ -1,0 +1,152 @@
+"""The suites that a configuration names, with their data."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from posttrain.config import DataSource, EvaluationConfig, ModelConfig
+from posttrain.config.unlearning import MuseConfig, TofuConfig
+from posttrain.data import fields, sources
+from posttrain.evaluation.benchmark import Benchmark
+from posttrain.evaluation.unlearning import muse, tofu
+from posttrain.evaluation.unlearning.measured import DATA_SETS
+from posttrain.evaluation.unlearning.overlap import require_rouge
+from posttrain.evaluation.unlearning.questions import Question, fingerprint, read_questions
+from posttrain.evaluation.unlearning.retain import LoadModel, RetainResults, read_results
+from posttrain.loading import load_model, location
+
+
+def benchmarks(settings: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Benchmark]:
+    """Name -> suite, for every suite that ``evaluation:`` has a block for.
+
+    Raises:
+        ValueError: a block without data, data that cannot be read, or a model that is not there.
+        ImportError: rouge-score is not installed and answers are to be written.
+    """
+    found: dict[str, Benchmark] = {}
+    if settings.tofu is not None:
+        found["tofu"] = tofu_suite(settings.tofu, tokenizer)
+    if settings.muse is not None:
+        found["muse"] = muse_suite(settings.muse, tokenizer)
+    return found
+
+
+def tofu_suite(config: TofuConfig, tokenizer: PreTrainedTokenizerBase) -> tofu.TofuSuite:
+    """The suite with its questions read and its models found, but not loaded."""
+    if config.generate:
+        require_rouge()
+    data = {
+        name: _questions(getattr(config, name), config.template, tokenizer, f"{tofu.KEY}.{name}")
+        for name in DATA_SETS
+        if getattr(config, name) is not None
+    }
+    if not data:
+        raise ValueError(f"{tofu.KEY} names no data; give at least one of {', '.join(DATA_SETS)}.")
+    prints = {f"tofu_{name}": fingerprint(data[name]) for name in ("forget", "holdout") if name in data}
+    return tofu.TofuSuite(
+        data,
+        retain=_retain(config.retain_model, "tofu", prints, f"{tofu.KEY}.retain_model"),
+        reference=_model(config.reference_model, f"{tofu.KEY}.reference_model"),
+        generate=config.generate,
+        max_new_tokens=config.max_new_tokens,
+        min_k=config.min_k,
+        cache=config.cache,
+        described=_described(config, ("template", "retain_model", "reference_model")),
+    )
+
+
+def muse_suite(config: MuseConfig, tokenizer: PreTrainedTokenizerBase) -> muse.MuseSuite:
+    """The suite with its texts cut and its questions read."""
+    require_rouge()
+    length = config.prefix_tokens + config.continuation_tokens
+    passages = {}
+    for name in ("forget", "holdout"):
+        source = getattr(config, name)
+        if source is None:
+            continue
+        texts, key = _texts(source, f"{muse.KEY}.{name}"), f"{muse.KEY}.{name}"
+        shortest = config.prefix_tokens + 1
+        cut = muse.cut_passages(tokenizer, texts, length=length, shortest=shortest, most=config.passages)
+        if not cut:
+            raise ValueError(
+                f"{key} has no text of {shortest} tokens; lower {muse.KEY}.prefix_tokens, or give longer texts."
+            )
+        passages[name] = cut
+    questions = {
+        name: _questions(getattr(config, name), config.template, tokenizer, f"{muse.KEY}.{name}")
+        for name in ("forget_qa", "retain_qa")
+        if getattr(config, name) is not None
+    }
+    if not passages and not questions:
+        raise ValueError(f"{muse.KEY} names no data; give at least one of forget, holdout, forget_qa, retain_qa.")
+    examples: list[Question] = []
+    if config.examples is not None:
+        examples = _questions(config.examples, config.template, tokenizer, f"{muse.KEY}.examples")
+    prints = {f"muse_{name}": muse.passages_fingerprint(one) for name, one in passages.items()}
+    return muse.MuseSuite(
+        passages,
+        questions,
+        examples,
+        retain=_retain(config.retain_model, "muse", prints, f"{muse.KEY}.retain_model"),
+        prefix_tokens=config.prefix_tokens,
+        continuation_tokens=config.continuation_tokens,
+        answer_tokens=config.answer_tokens,
+        min_k=config.min_k,
+        cache=config.cache,
+        described=_described(config, ("template", "retain_model")),
+    )
+
+
+def _questions(
+    source: DataSource, template: str | None, tokenizer: PreTrainedTokenizerBase, key: str
+) -> list[Question]:
+    for name in ("format", "template"):
+        if getattr(source, name) != getattr(DataSource(), name):
+            suite = key.rpartition(".")[0]
+            raise ValueError(f"{key}.{name} is set, and {suite} reads question and answer; set {suite}.template.")
+    rows = sources.load(source, key=key)
+    return read_questions(rows, template=template, chat=tokenizer.chat_template is not None, key=key)
+
+
+def _texts(source: DataSource, key: str) -> list[str]:
+    path = Path(source.path or "").expanduser()
+    if path.suffix == ".txt":
+        if not path.is_file():
+            raise ValueError(f"{key}.path is {source.path!r}, and there is no such file; check the path.")
+        if source.limit is not None:
+            raise ValueError(f"{key}.limit counts rows, and a .txt file is one; set {muse.KEY}.passages.")
+        return [path.read_text(encoding="utf-8")]
+    rows = sources.load(source, key=key)
+    fields.require("text", sources.columns_of(rows), key, "a set of texts")
+    return [str(row["text"]) for row in rows]
+
+
+def _retain(
+    config: ModelConfig | None, suite: str, fingerprints: dict[str, str], key: str
+) -> LoadModel | RetainResults | None:
+    if config is not None and config.name_or_path.endswith(".json"):
+        return read_results(config.name_or_path, suite, fingerprints, f"{key}.name_or_path")
+    return _model(config, key)
+
+
+def _model(config: ModelConfig | None, key: str) -> LoadModel | None:
+    """What loads the model when it is needed, which may be after hours of training: that it is there is seen now."""
+    if config is None:
+        return None
+    place = location(config.name_or_path)
+    if not (Path(place) / "adapter_config.json").is_file():
+        common = ("revision", "token", "trust_remote_code")
+        known = {name: config.options[name] for name in common if name in config.options}
+        try:
+            AutoConfig.from_pretrained(place, **known)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{key}.name_or_path is {config.name_or_path!r}, which is no model: {reason}") from error
+    return partial(load_model, config, key=key)
+
+
+def _described(config: TofuConfig | MuseConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    values = {name: getattr(config, name) for name in names}
+    return {name: one.name_or_path if isinstance(one, ModelConfig) else one for name, one in values.items()}
