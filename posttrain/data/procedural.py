@@ -1,7 +1,8 @@
 """Procedural tasks with verifiable answers, generated and scored by the reasoning-gym package.
 
 A problem is its prompt. The hash of the prompt alone says whether it belongs to train, validation or test, so no test
-problem can turn up in training whatever the seeds, sizes and options are.
+problem can turn up in training whatever the seeds, sizes and options are. The task `authors`, of
+`posttrain.data.procedural_authors`, is another thing: questions about invented authors, with splits of its own.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from posttrain.data import procedural_authors
 from posttrain.suggest import unknown
 
 # Ends in a newline: tokenizers keep a newline apart from the letters, digits and signs that follow it, so the tokens of
@@ -109,6 +111,8 @@ def make(task: str, *, size: int, seed: int, split: str = "train", **options: An
     Raises:
         ValueError: as `generate`, a size below 1, or more distinct rows asked for than the split has.
     """
+    if task == procedural_authors.TASK:
+        return procedural_authors.make(size=size, seed=seed, split=split, **options)
     if size < 1:
         raise ValueError(f"size={size} of task {task!r} must be at least 1")
     rows: dict[Any, dict[str, str]] = {}
@@ -137,6 +141,8 @@ def verify(task: str, completion_text: str, row: Mapping[str, Any]) -> bool:
     Raises:
         ValueError: an unknown task, or a row that another task made.
     """
+    if task == procedural_authors.TASK:
+        return bool(completion_text.strip() == row["answer"])
     metadata = json.loads(row["metadata"], object_hook=_untag_tuple)
     if metadata["task"] != task:
         raise ValueError(f"task {task!r} cannot verify a row that task {metadata['task']!r} made; pass that name")
@@ -167,7 +173,7 @@ def _resolve(task: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]
     known = _gym().factory.DATASETS
     preset = PRESETS.get(task, Task(task))
     if preset.dataset not in known:
-        raise ValueError(unknown("task", task, [*PRESETS, *known]))
+        raise ValueError(unknown("task", task, [*PRESETS, procedural_authors.TASK, *known]))
     fields = [
         field.name for field in dataclasses.fields(known[preset.dataset][1]) if field.name not in ("seed", "size")
     ]
