@@ -114,11 +114,17 @@ def bind(
 ) -> dict[str, Tensor]:
     """The named tensors of one term (or of its ``prepare``) for one micro-batch.
 
-    Floating columns take the dtype of the statistics they stand beside.
+    Floating columns take the dtype of the statistics they stand beside. A statistic per sequence is repeated over the
+    sequence's tokens where the term's unit is tokens.
     """
     own = computed.get(term.kernel_options, {})
     dtypes = [tensor.dtype for group in computed.values() for tensor in group.values() if tensor.is_floating_point()]
     bound = {name: bind_statistic(statistic, own, side, term.role) for name, statistic in statistics.items()}
+    if term.declaration.unit == "tokens":
+        part = side.of(term.role)
+        for name, statistic in statistics.items():
+            if statistic.unit == "sequences":
+                bound[name] = repeat_to_tokens(bound[name], part.lengths, part.targets.shape[0])
     for name in columns:
         column = bind_column(name, term.declaration.unit, side, term.role)
         bound[name] = column.to(dtypes[0]) if column.is_floating_point() and dtypes else column

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from posttrain import objectives
+from posttrain.presets import expand
 from posttrain.suggest import unknown
 from posttrain.terms import Objective
 
@@ -73,9 +74,13 @@ class ForgetRetain:
 def parse(objective: Any) -> ForgetRetain:
     """Read ``{forget: ..., retain: ..., combine: ...}``; a term alone is a forget term without a retain term.
 
+    ``{preset: npo}`` stands for a published method, see `posttrain.presets`.
+
     Raises:
-        ValueError: an unknown key, no forget term, or a combination that is neither a sum nor a constraint.
+        ValueError: an unknown key or preset, no forget term, or a combination that is neither a sum nor a constraint.
     """
+    if isinstance(objective, Mapping) and "preset" in objective:
+        objective = expand(objective)
     if not isinstance(objective, Mapping) or "forget" not in objective:
         given = f"the keys {sorted(objective)}" if isinstance(objective, Mapping) else repr(objective)
         if isinstance(objective, Mapping) and "name" not in objective:

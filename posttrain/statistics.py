@@ -12,7 +12,8 @@ from typing import Any
 
 from posttrain.kernels.table import STATISTICS
 
-ROLES = ("chosen", "rejected", "refusal", "mismatched", "retain", "forget")
+# a longer name before its own beginning
+ROLES = ("chosen", "rejected", "refusal", "mismatched", "retain_refusal", "retain", "forget")
 REDUCTIONS = ("head_sum", "tail_sum", "sum", "mean")
 DERIVED = ("probability", "length", "logratio", "sequence_logp", "hidden")
 TOKEN_COLUMNS = ("teacher_ids", "teacher_ids_logp")
@@ -39,22 +40,22 @@ class Statistic:
     @property
     def unit(self) -> str:
         """``tokens`` or ``sequences``: what one entry of the bound tensor stands for."""
-        per_sequence = self.reduction or self.kernel in ("length", "logratio", "sequence_logp", "hidden")
+        per_sequence = self.reduction or self.kernel in ("length", "logratio", "sequence_logp")
         return "sequences" if per_sequence else "tokens"
 
     @property
     def kernel_names(self) -> tuple[str, ...]:
-        """The kernel statistics of the policy that have to be computed for this one."""
+        """What has to be computed of the policy for this one: kernel statistics, or ``hidden``."""
         return () if self.reference else self._needed
 
     @property
     def reference_kernel_names(self) -> tuple[str, ...]:
-        """The kernel statistics of the reference model that have to be known for this one."""
+        """The same of the reference model."""
         return self._needed if self.reference or self.kernel == "logratio" else ()
 
     @property
     def _needed(self) -> tuple[str, ...]:
-        if self.kernel in ("length", "hidden"):
+        if self.kernel == "length":
             return ()
         if self.kernel in ("probability", "logratio", "sequence_logp"):
             return ("logp",)

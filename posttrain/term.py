@@ -12,11 +12,12 @@ from posttrain.statistics import Statistic, signature
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """A term's ``statistics:`` key: options of the kernel that computes its statistics."""
+    """A term's ``statistics:`` key: options of the kernel that computes its statistics, and the layer of ``hidden``."""
 
     temperature: float = 1.0
     k: int | None = None
     jsd_beta: float = 0.5
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         numbers = {"temperature": self.temperature, "jsd_beta": self.jsd_beta}
@@ -29,6 +30,8 @@ class KernelOptions:
             raise ValueError(f"statistics.jsd_beta is {self.jsd_beta}; give a number from 0 to 1.")
         if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
             raise ValueError(f"statistics.k is {self.k!r}; give a whole number from 1.")
+        if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
+            raise ValueError(f"statistics.layer is {self.layer!r}; give the whole number of a block, or leave it out.")
 
 
 @dataclass(frozen=True)

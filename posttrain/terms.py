@@ -9,6 +9,7 @@ from typing import Any
 from posttrain import objectives
 from posttrain.kernels.table import STATISTICS, TEACHER_STATISTICS
 from posttrain.objectives import Declaration
+from posttrain.reweighted import reweighted
 from posttrain.statistics import DERIVED, TOKEN_COLUMNS, Signature, Statistic, parse, signature
 from posttrain.suggest import unknown
 from posttrain.term import Available, KernelOptions, Term, bound_inputs
@@ -24,7 +25,7 @@ def build_terms(objective: Objective | list[Objective], available: Available) ->
 
     Args:
         objective: a name, a dotted path, a callable, a mapping with ``name`` (and optionally ``weight``, ``role``,
-            ``statistics`` and hyper-parameters), or a list of these, which is summed.
+            ``statistics``, ``reweight`` and hyper-parameters), or a list of these, which is summed.
         available: what the trainer can bind.
 
     Raises:
@@ -48,6 +49,10 @@ def _build(item: Objective, available: Available) -> Term:
     target = options.pop("name")
     function = objectives.get(target) if isinstance(target, str) else target
     name = target.rpartition(":")[2] if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
+    reweight = options.pop("reweight", None)
+    if reweight is not None:
+        plain = dry_run(_build({**options, "name": target}, available), name)
+        function = reweighted(function, plain.declaration, reweight)
     weight = options.pop("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise ValueError(f"objective.weight of {name!r} is {weight!r}; give a number.")
@@ -159,6 +164,6 @@ def _unavailable(statistic: Statistic, available: Available, role: str) -> str |
     if statistic.kernel in TEACHER_STATISTICS and not (available.teacher or available.reference):
         return "but no teacher is given; pass `teacher:` with the model to learn from"
     pairs = {"chosen", "rejected"} <= set(available.roles)
-    if statistic.kernel == "hidden" or (statistic.reduction in ("head_sum", "tail_sum") and not pairs):
+    if statistic.reduction in ("head_sum", "tail_sum") and not pairs:
         return "which this trainer does not bind"
     return None

@@ -11,11 +11,13 @@ from posttrain.objectives import Declaration
 from posttrain.statistics import TOKEN_COLUMNS, Statistic
 from posttrain.term import Term, bound_inputs, prepare_inputs
 
-_TOKENS, _LENGTH, _IDS = 6, 2, 3
+_TOKENS, _LENGTH, _IDS, _WIDTH = 6, 2, 3, 4
 
 
 def made_up(name: str, statistic: Statistic | None, tokens: int = _TOKENS, ids: int = _IDS) -> Tensor:
     """A plausible constant in the shape of a statistic or column of so many tokens, `_LENGTH` to a sequence."""
+    if statistic and statistic.kernel == "hidden":
+        return torch.full((tokens, _WIDTH), 0.5)
     if name in TOKEN_COLUMNS or (statistic and statistic.kernel in ("ids_logp", "topk_logp", "topk_ids")):
         if "ids_logp" not in name and "topk_logp" not in name:
             return torch.arange(ids).expand(tokens, ids)
@@ -34,13 +36,18 @@ def dry_run(term: Term, name: str) -> Term:
     """
     found = tuple(term.statistics.values())
     per_sequence = all(item.unit == "sequences" for item in found) and bool(found)
+    per_token = hasattr(term.function, "declaration") and term.declaration.unit == "tokens"
     per_pair = any(item.role in ("chosen", "rejected") for item in found)
 
     def examples(statistics: Mapping[str, Statistic], columns: Collection[str]) -> dict[str, Tensor | None]:
-        made: dict[str, Tensor | None] = {key: made_up(key, item) for key, item in statistics.items()}
+        made: dict[str, Tensor | None] = {}
+        for key, item in statistics.items():
+            example = made_up(key, item)
+            made[key] = example.repeat_interleave(_LENGTH, dim=0) if per_token and item.unit == "sequences" else example
         for column in columns:
             whole = made_up(column, None)
-            made[column] = whole[: _TOKENS // _LENGTH] if per_sequence and whole.dim() == 1 else whole
+            short = per_sequence and not per_token and whole.dim() == 1
+            made[column] = whole[: _TOKENS // _LENGTH] if short else whole
         return made
 
     inputs = examples(term.statistics, term.columns)

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
@@ -10,8 +10,9 @@ import yaml
 from posttrain import objectives
 from posttrain.cli.output import print_rows
 from posttrain.kernels.table import TEACHER_STATISTICS
-from posttrain.objectives import Declaration
-from posttrain.statistics import TOKEN_COLUMNS, parse, signature
+from posttrain.objectives import Declaration, Reweighting
+from posttrain.presets import PRESETS, using
+from posttrain.statistics import ROLES, TOKEN_COLUMNS, parse, signature
 from posttrain.terms import Available, KernelOptions, build_terms
 
 
@@ -22,20 +23,62 @@ def list_objectives() -> None:
             print()
         rows = [(name, found.unit, found.formula) for name, found in _declarations(members)]
         print_rows(family, ("objective", "unit", "formula"), rows)
+    print()
+    weighing = [(name, found.reweighting.formula) for name, found in _reweightings().items()]
+    print_rows("weights of another objective (`reweight:`)", ("name", "formula"), weighing)
+    print()
+    published = [(name, ", ".join(preset.terms), preset.source) for name, preset in PRESETS.items()]
+    print_rows("published settings (`objective: {preset: ...}`)", ("preset", "terms", "source"), published)
 
 
 def show(name: str) -> None:
-    """Print what there is to know about an objective.
+    """Print what there is to know about an objective, a reweighting or a preset; of a name that is two of these, both.
 
     Raises:
         ValueError: unknown name.
     """
-    function = objectives.get(name)
+    if name in _reweightings():
+        _show_function(name, _reweightings()[name])
+    elif name in objectives.names() or name not in PRESETS:
+        _show_function(name, objectives.get(name))
+    if name in PRESETS:
+        if name in objectives.names() or name in _reweightings():
+            print()
+        _show_preset(name)
+    elif _is_unlearning(name):
+        print(f"\nas published: posttrain show {', '.join(preset for preset, _ in using(name))}")
+
+
+def _is_unlearning(name: str) -> bool:
+    return name in objectives.families()["unlearning"]
+
+
+def _show_preset(name: str) -> None:
+    preset = PRESETS[name]
+    print(f"preset {name}\nsource  {preset.source}\n")
+    lines = [f"objective: {{preset: {name}}}   # stands for"]
+    lines += yaml.safe_dump({"objective": _plain(preset.objective)}, sort_keys=False).splitlines()
+    print(_indented("\n".join(lines)))
+
+
+def _plain(setting: Any) -> Any:
+    """Dictionaries of their own, which YAML writes out in full each time."""
+    return {key: _plain(value) for key, value in setting.items()} if isinstance(setting, Mapping) else setting
+
+
+def _reweightings() -> dict[str, Any]:
+    return objectives.reweightings()
+
+
+def _show_function(name: str, function: Callable[..., Any]) -> None:
     declaration: Declaration | None = getattr(function, "declaration", None)
+    reweighting: Reweighting | None = getattr(function, "reweighting", None)
     docs = argument_docs(inspect.getdoc(function) or "")
     print(f"{name}: {_summary(function)}\n")
     if declaration is not None:
         print(f"formula  {declaration.formula}\npaper    {declaration.paper}\nunit     {declaration.unit}\n")
+    elif reweighting is not None:
+        print(f"formula  {reweighting.formula}\npaper    {reweighting.paper}\n")
     inputs = [(parameter, what, docs.get(parameter, "")) for parameter, what in bindings(function).items()]
     print_rows("inputs", ("name", "from", "meaning"), inputs)
     options = signature(function).hyperparameters
@@ -43,6 +86,11 @@ def show(name: str) -> None:
         print()
         rows = [(key, _default(value), docs.get(key, "")) for key, value in options.items()]
         print_rows("hyper-parameters", ("name", "default", "meaning"), rows)
+    if reweighting is not None:
+        defaults = {key: value for key, value in options.items() if value is not inspect.Parameter.empty}
+        term = {"name": "gradient_ascent", "reweight": {"name": name, **defaults}}
+        print(f"\nexample\n{_indented(yaml.safe_dump({'objective': {'forget': term}}, sort_keys=False))}")
+        return
     print(f"\nexample\n{_indented(example(name, function))}")
 
 
@@ -52,6 +100,9 @@ def bindings(function: Callable[..., Any]) -> dict[str, str]:
     prepares = getattr(getattr(function, "declaration", None), "prepare", None) is not None
     found: dict[str, str] = {}
     for name in (*read.required, *read.optional):
+        if name == "loss" and hasattr(function, "reweighting"):
+            found[name] = "the term it stands under"
+            continue
         statistic = None if name in TOKEN_COLUMNS else parse(name)
         if statistic is not None:
             holder = "reference" if statistic.reference else "policy"
@@ -71,17 +122,21 @@ def example(name: str, function: Callable[..., Any]) -> str:
     options = signature(function).hyperparameters
     term: dict[str, Any] = {"name": name}
     term |= {key: value for key, value in options.items() if value not in (None, inspect.Parameter.empty)}
-    lines = yaml.safe_dump({"objective": term}, sort_keys=False, allow_unicode=True).splitlines()
-    lines += [f"  # {key}: null" for key, value in options.items() if value is None]
-    lines += [f"  {key}:   # needs a value" for key, value in options.items() if value is inspect.Parameter.empty]
-    lines += ["  # weight: 1.0", f"  # statistics: {_kernel_options(function)}"]
+    # an unlearning objective stands on the side where its published settings have it
+    side = next(side for _, side in using(name)) if _is_unlearning(name) else None
+    tree = {"objective": {side: term} if side else term}
+    lines = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).splitlines()
+    indent = "    " if side else "  "
+    lines += [f"{indent}# {key}: null" for key, value in options.items() if value is None]
+    lines += [f"{indent}{key}:   # needs a value" for key, value in options.items() if value is inspect.Parameter.empty]
+    lines += [f"{indent}# weight: 1.0", f"{indent}# statistics: {_kernel_options(function)}"]
     sources = bindings(function)
     columns = [key for key, what in sources.items() if what == "data column"]
     if any(key in columns for key in TOKEN_COLUMNS):
         lines.append(f"# The data needs the columns {', '.join(TOKEN_COLUMNS)}: posttrain annotate teacher-topk CONFIG")
     elif columns:
         lines.append(f"# The data needs the columns {', '.join(columns)}.")
-    if any("teacher" in what for what in sources.values()):
+    if any("teacher" in what for what in sources.values()) and not side:
         lines += ["teacher:", "  name_or_path: ...   # a model with the same tokenizer"]
     mistake = _mistake(term, columns)
     return "\n".join([*lines, f"# {mistake}"] if mistake else lines)
@@ -115,14 +170,15 @@ def _kernel_options(function: Callable[..., Any]) -> str:
         options["jsd_beta"] = defaults.jsd_beta
     if kernels & {"topk_logp", "topk_ids"}:
         options["k"] = 8
+    if kernels == {"hidden"}:
+        options = {"layer": 7}
     return yaml.safe_dump(options, default_flow_style=True, sort_keys=False).strip()
 
 
 def _mistake(term: dict[str, Any], columns: list[str]) -> str | None:
     """What is still to be decided before the defaults work, in the objective's own words."""
-    everything = ("chosen", "rejected", "refusal", "mismatched", "retain", "forget")
     try:
-        build_terms(term, Available([*columns, *TOKEN_COLUMNS], everything, reference=True, teacher=True))
+        build_terms(term, Available([*columns, *TOKEN_COLUMNS], ROLES, reference=True, teacher=True))
     except ValueError as error:
         return str(error)
     return None

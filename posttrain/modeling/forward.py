@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from posttrain.kernels import LMHead, vocab_statistics
+from posttrain.modeling.blocks import outputs_of_blocks
 from posttrain.modeling.engines import backbone_modules, causal_lm
 from posttrain.modeling.head import detached, refuse_vision_model, with_head
 from posttrain.modeling.request import VocabOutput, VocabRequest, on_device
@@ -103,23 +104,33 @@ def _answer(model: PreTrainedModel, inputs: dict[str, Any], request: VocabReques
     router_logits = _wants_router_logits(model, inputs)
     if router_logits:
         inputs["output_router_logits"] = True
-    outputs = backbone_modules(model).backbone(**inputs)
+    backbone = backbone_modules(model).backbone
+    with outputs_of_blocks(backbone, request.layers) as between:
+        outputs = backbone(**inputs)
     aux_loss = _load_balancing_loss(model, outputs, inputs.get("attention_mask")) if router_logits else None
-    answer = _score(model, outputs[0], request)
+    answer = _score(model, outputs[0], between, request)
     answer["aux_loss"] = aux_loss
     return answer
 
 
 @torch.compiler.disable
-def _score(model: PreTrainedModel, last_hidden: Tensor, request: VocabRequest) -> VocabOutput:
+def _score(
+    model: PreTrainedModel, last_hidden: Tensor, between: Mapping[int, Tensor], request: VocabRequest
+) -> VocabOutput:
     """Selects the positions and runs the kernels where the head's parameters are whole."""
-    index = on_device(request.target_index, last_hidden.device)
-    selected = last_hidden.flatten(0, 1).index_select(0, index)
+    selected = _at_targets(last_hidden, request)
+    for layer, states in between.items():
+        if last_hidden.requires_grad and not states.requires_grad and model.is_gradient_checkpointing:
+            raise ValueError(
+                f"the hidden states of layer {layer} come without a gradient out of reentrant checkpointing; set "
+                "trainer.gradient_checkpointing_kwargs to {use_reentrant: false}."
+            )
+    chosen = {layer: _at_targets(states, request) for layer, states in between.items()}
 
     def compute(hidden: Tensor, head: LMHead) -> dict[str, Any]:
         answer: dict[str, Any] = {}
         if request.groups or request.compute:
-            answer["statistics"] = _statistics(hidden, head, request)
+            answer["statistics"] = _statistics(hidden, head, chosen, request)
         if request.return_hidden:
             answer["hidden"] = hidden
         if request.return_head:
@@ -129,14 +140,24 @@ def _score(model: PreTrainedModel, last_hidden: Tensor, request: VocabRequest) -
     return VocabOutput(**with_head(model, selected, compute))
 
 
-def _statistics(hidden: Tensor, head: LMHead, request: VocabRequest) -> tuple[dict[str, Tensor], ...]:
+def _at_targets(states: Tensor, request: VocabRequest) -> Tensor:
+    return states.flatten(0, 1).index_select(0, on_device(request.target_index, states.device))
+
+
+def _statistics(
+    hidden: Tensor, head: LMHead, between: Mapping[int, Tensor], request: VocabRequest
+) -> tuple[dict[str, Tensor], ...]:
     if request.compute is not None:
         return (_own_storage(request.compute(hidden, head)),)
     targets = on_device(request.targets, hidden.device)
     answers = []
     for group in request.groups:
         options = request.kernel_options(group, hidden.device)
-        answers.append(_own_storage(vocab_statistics(hidden, head, targets, group.wanted, **options).as_dict()))
+        wanted = tuple(name for name in group.wanted if name != "hidden")
+        answer = vocab_statistics(hidden, head, targets, wanted, **options).as_dict() if wanted else {}
+        if "hidden" in group.wanted:
+            answer["hidden"] = hidden if group.layer is None else between[group.layer]
+        answers.append(_own_storage(answer))
     return tuple(answers)
 
 

@@ -19,11 +19,13 @@ class StatisticsGroup:
     """Statistics that share their kernel options; each group is one pass over the vocabulary.
 
     Args:
-        wanted: names of the kernels' table.
+        wanted: names of the kernels' table, and ``hidden`` for hidden states at the targets' positions.
         temperature: divides the logits, > 0.
         ids: (targets, n) vocabulary ids for ``ids_logp``.
         k: how many for ``topk_logp`` and ``topk_ids``.
         jsd_beta: the mixture weight of ``jsd``.
+        layer: block whose output ``hidden`` is, counted from 0 as in the names of the model's modules, or from the end;
+            None for what the head reads, behind the last norm.
     """
 
     wanted: tuple[str, ...]
@@ -31,6 +33,7 @@ class StatisticsGroup:
     ids: Int[Tensor, "targets n"] | None = None
     k: int | None = None
     jsd_beta: float = 0.5
+    layer: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +77,11 @@ class VocabRequest:
             raise ValueError("compute replaces groups; give one of them.")
         if not (self.groups or self.compute or self.return_hidden or self.return_head):
             raise ValueError("The request asks for nothing; give groups, compute, return_hidden or return_head.")
+
+    @property
+    def layers(self) -> set[int]:
+        """The blocks whose outputs the groups ask for."""
+        return {group.layer for group in self.groups if "hidden" in group.wanted and group.layer is not None}
 
     def kernel_options(self, group: StatisticsGroup, device: torch.device) -> dict[str, Any]:
         """The keyword options of `vocab_statistics` and `vocab_loss` for a group, on the head's device."""

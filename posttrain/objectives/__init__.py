@@ -9,10 +9,22 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
-from posttrain.objectives.base import Declaration, Loss, State, declare
+from posttrain.objectives.base import Declaration, Loss, Reweighting, State, declare, declare_reweighting
 from posttrain.suggest import unknown
 
-__all__ = ["Declaration", "Loss", "State", "declare", "families", "get", "names"]
+__all__ = [
+    "Declaration",
+    "Loss",
+    "Reweighting",
+    "State",
+    "declare",
+    "declare_reweighting",
+    "families",
+    "get",
+    "get_reweighting",
+    "names",
+    "reweightings",
+]
 
 
 @functools.cache
@@ -59,9 +71,30 @@ def get(name: str) -> Callable[..., Any]:
     for members in _families().values():
         if name in members:
             return members[name]
+    if name in reweightings():
+        raise ValueError(f"{name!r} weighs the values of another objective; give it as `reweight: {name}` under that.")
     raise ValueError(
         unknown("objective", name, names()) + " An objective of your own is named as my_package.losses:my_loss."
     )
+
+
+def reweightings() -> dict[str, Callable[..., Any]]:
+    """Name -> what may stand under ``reweight:`` of a term."""
+    module = importlib.import_module(f"{__name__}.reweighting")
+    return {name: item for name, item in vars(module).items() if hasattr(item, "reweighting")}
+
+
+def get_reweighting(name: str) -> Callable[..., Any]:
+    """The reweighting called ``name``, or at a dotted path.
+
+    Raises:
+        ValueError: no such name (the nearest one is suggested), or a path that leads to nothing callable.
+    """
+    if ":" in name:
+        return _imported(name)
+    if name not in reweightings():
+        raise ValueError(unknown("reweight", name, list(reweightings())))
+    return reweightings()[name]
 
 
 def _imported(path: str) -> Callable[..., Any]:

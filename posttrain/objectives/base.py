@@ -102,3 +102,26 @@ def declare(
         return function
 
     return attach
+
+
+@dataclass(frozen=True)
+class Reweighting:
+    """What ``posttrain show`` reads off a reweighting: ``fn(loss, <statistics>..., *, hyper-parameters) -> Loss``.
+
+    Args:
+        formula: one line of plain text.
+        paper: identifier and equation.
+    """
+
+    formula: str
+    paper: str
+
+
+def declare_reweighting(*, formula: str, paper: str) -> Callable[[Function], Function]:
+    """Attach a `Reweighting` to a function as ``function.reweighting``; its name then works under ``reweight:``."""
+
+    def attach(function: Function) -> Function:
+        function.reweighting = Reweighting(formula, paper)  # type: ignore[attr-defined]
+        return function
+
+    return attach

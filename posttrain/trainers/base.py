@@ -144,6 +144,7 @@ class ObjectiveMixin(EvaluationMixin, StatesInCheckpoints):
                 temperature=options.temperature,
                 k=options.k,
                 jsd_beta=options.jsd_beta,
+                layer=options.layer,
                 ids=side.token_columns.get("teacher_ids") if "ids_logp" in wanted else None,
             )
             for options, wanted in self._groups.items()

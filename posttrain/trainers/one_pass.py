@@ -37,6 +37,8 @@ def obstacle(kernel: KernelConfig, terms: Sequence[Term]) -> str | None:
         inputs = term.statistics.values()
         if term.declaration.unit != "tokens" or any(statistic.unit != "tokens" for statistic in inputs):
             return f"objective {term.name!r} looks at whole sequences"
+        if any(statistic.kernel == "hidden" for statistic in inputs):
+            return f"objective {term.name!r} looks at hidden states"
         if term.needs_whole_step:
             return f"objective {term.name!r} needs the model's statistics of the whole step first"
         if term.role or any(statistic.role or statistic.reference_kernel_names for statistic in inputs):

@@ -74,7 +74,8 @@ class LiveReference:
             side: of the micro-batch.
         """
         groups = tuple(
-            StatisticsGroup(wanted, temperature=options.temperature) for options, wanted in self.needs.groups.items()
+            StatisticsGroup(wanted, temperature=options.temperature, layer=options.layer)
+            for options, wanted in self.needs.groups.items()
         )
         request = VocabRequest(
             side.target_index,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain import objectives
+from posttrain import combination, objectives
 from posttrain.config import load
 from posttrain.objectives import Loss
 from posttrain.statistics import TOKEN_COLUMNS, parse, signature
@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = objectives.names()
 LETTERS = {"alpha", "beta", "gamma", "epsilon", "tau", "lam", "n", "c_min", "c_max", "label_smoothing"}
 WORDS = {"desirable_weight", "undesirable_weight", "threshold", "quantile", "keep", "inner", "gradient"}
-WORDS |= {"divergence", "form", "delta", "rho", "decay", "seed", "shift"}
+WORDS |= {"divergence", "form", "delta", "rho", "decay", "seed", "shift", "beta1", "beta2", "margin", "scale"}
 # data columns that an objective may ask for, one number a unit
 COLUMNS = {"chosen_win_probability", "rejected_win_probability", "score_margin", "preference_probability"}
 COLUMNS |= {"reward_margin", "desirable", "density_weight"}
@@ -32,6 +32,8 @@ HELD = {
     "aot_unpaired": {"rejected_logratio"},
     "wpo": {f"{role}_mean_{kernel}" for role in ("chosen", "rejected") for kernel in ("logp", "log_sum_sq_probs")},
 }
+# objectives that hold a token's weight constant on purpose: the value's own slope is not the gradient
+CONSTANT_WEIGHT = {"dft", "weighted_gradient_ascent", "satimp"}
 # what an objective needs to be called at all, beyond its defaults
 NEEDED = {"probability_threshold": {"quantile": 0.5}, "direct_coverage": {"n": 8}}
 UNITS = {"tokens": 12, "sequences": 4, "pairs": 4}
@@ -60,8 +62,10 @@ def made_up(name, dtype=torch.float64, units=None, seed=0):
 
 
 def made_up_statistic(parameter, count, generator):
-    shape = (count, 3) if "ids_logp" in parameter else (count,)
+    shape = (count, 3) if "ids_logp" in parameter or parameter.endswith("hidden") else (count,)
     values = 0.05 + 3 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    # no logit lies above it
+    values = values + 3 if parameter == "logsumexp" else values
     return -values if parameter.endswith("logp") else values
 
 
@@ -152,8 +156,7 @@ def test_one_value_per_unit_metrics_detached_inputs_untouched(name, dtype):
     assert torch.equal(again.values, loss.values)
 
 
-# dft holds its weight constant on purpose: the value's own slope is not its gradient
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "dft"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in CONSTANT_WEIGHT])
 def test_its_gradient_is_that_of_finite_differences(name):
     inputs = made_up(name)
     keys = [key for key in differentiable(inputs) if key not in HELD.get(name, ())]
@@ -224,7 +227,8 @@ def lines_of(path):
 def test_its_example_is_complete_and_commented(name):
     (path,) = CONFIGS.glob(f"*/{name}.yaml")
     config = load(path)
-    terms = config.objective if isinstance(config.objective, list) else [config.objective]
+    objective = combination.parse(config.objective).terms if config.method == "unlearning" else config.objective
+    terms = objective if isinstance(objective, list) else [objective]
     terms = [{"name": term} if isinstance(term, str) else term for term in terms]
     (mine,) = (term for term in terms if term["name"] == name)
     assert set(signature(objectives.get(name)).hyperparameters) <= set(mine)
@@ -233,7 +237,11 @@ def test_its_example_is_complete_and_commented(name):
     available = {"columns": columns, "teacher": config.teacher is not None}
     if config.method in methods:
         available |= {"reference": True, **methods[config.method]}
-    built = build_terms(config.objective, Available(**available))
+    if config.method == "unlearning":
+        sides = [role for role in ("forget", "retain") if getattr(config.data, role) is not None]
+        refusals = ["refusal", "retain_refusal"] if config.data.refusal is not None else []
+        available |= {"reference": True, "roles": (*sides, *refusals), "needs_role": True}
+    built = build_terms(objective, Available(**available))
     assert name in [term.name for term in built] and all(math.isfinite(term.weight) for term in built)
     assert config.trainer["output_dir"] == f"runs/{name}"
 
