@@ -1,5 +1,6 @@
 """The ``objective`` of unlearning: terms to forget, terms to retain, and how they are combined."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -37,7 +38,7 @@ class Constraint:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"objective.combine.constraint.{item.name} is {value!r}; give a number of at least 0.")
 
 
@@ -90,6 +91,8 @@ def parse(objective: Any) -> ForgetRetain:
         if key not in KEYS:
             raise ValueError(unknown("key of objective", f"objective.{key}", [f"objective.{one}" for one in KEYS]))
     combination = _combination(objective.get("combine"))
+    if not objective["forget"]:
+        raise ValueError("objective.forget names no loss; name at least one, such as npo.")
     forget = _side(objective["forget"], "forget", combination.forget)
     retain = _side(objective.get("retain") or [], "retain", combination.retain)
     if combination.constraint is not None and not retain:
@@ -105,26 +108,33 @@ def _side(given: Objective | list[Any], role: str, weight: float) -> list[dict[s
         function = objectives.get(function) if isinstance(function, str) else function
         declared = getattr(getattr(function, "declaration", None), "role", None)
         term.setdefault("role", declared or role)
-        term["weight"] = weight * term.get("weight", 1.0)
+        term["weight"] = weight * _number(term.get("weight", 1.0), f"objective.{role}.weight")
         terms.append(term)
     return terms
+
+
+def _number(value: Any, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{key} is {value!r}; give a number.")
+    return value
 
 
 def _combination(given: Any) -> Combination:
     if given is None:
         return Combination()
-    if not isinstance(given, Mapping) or len(given) != 1 or next(iter(given)) not in ("sum", "constraint"):
+    kind, options = next(iter(given.items())) if isinstance(given, Mapping) and len(given) == 1 else (None, None)
+    if kind not in ("sum", "constraint") or not isinstance(options, Mapping):
         raise ValueError(
-            f"objective.combine is {given!r}; give {{sum: {{forget: 1.0, retain: 1.0}}}} or {{constraint: {{epsilon: "
-            "0.3}}}}."
+            f"objective.combine is {given!r}; give {{sum: {{forget: 1.0, retain: 1.0}}}} or "
+            "{constraint: {epsilon: 0.3}}."
         )
-    ((kind, options),) = given.items()
     known = ["forget", "retain"] if kind == "sum" else [item.name for item in fields(Constraint)]
     for key in options:
         if key not in known:
             raise ValueError(unknown(f"key of objective.combine.{kind}", key, known))
     if kind == "sum":
-        return Combination(**options)
+        weights = {key: _number(value, f"objective.combine.sum.{key}") for key, value in options.items()}
+        return Combination(forget=weights.get("forget", 1.0), retain=weights.get("retain", 1.0))
     if "epsilon" not in options:
         raise ValueError("objective.combine.constraint.epsilon is missing; give the bound of the retain loss.")
     return Combination(constraint=Constraint(**options))

@@ -46,7 +46,7 @@ class DrawingSampler(Sampler[Drawn]):
         """The row that the whole run's draw of this number takes."""
         round_number, place = divmod(draw, self.retain)
         if getattr(self, "_round", None) != round_number:
-            # negative numbers: never the permutation of the rows to forget
+            # seeds of their own: never the permutation of the rows to forget
             self._round, self._places = round_number, _permutation(self.retain, 2**31 + self.seed + round_number)
         return self._places[place]
 

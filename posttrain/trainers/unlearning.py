@@ -20,7 +20,7 @@ from posttrain.data.overlap import refuse_overlap
 from posttrain.data.preparation import AnyDataset, column_names, number_rows
 from posttrain.data.refusals import with_refusals
 from posttrain.data.unlearning_collation import ROLES, UnlearningCollator
-from posttrain.modeling import attach
+from posttrain.modeling import attach, causal_lm
 from posttrain.reduction import StepCounts, sum_dtype
 from posttrain.side import Side
 from posttrain.term import Term
@@ -76,14 +76,19 @@ class UnlearningTrainer(SupervisedTrainer):
     ) -> None:
         if forget_dataset is None:
             raise ValueError("forget_dataset is missing; pass the rows to forget.")
-        if kwargs.get("eval_dataset") is not None:
-            raise ValueError("eval_dataset is given, and unlearning has no evaluation loss; use evaluation: instead.")
+        _refuse(args, kwargs)
+        for name, rows in (("forget", forget_dataset), ("retain", retain_dataset)):
+            if rows is not None and not len(rows):
+                raise ValueError(f"the {name} data is empty; give at least one row.")
+        if not retain_per_forget > 0:
+            raise ValueError(f"data.retain_per_forget is {retain_per_forget}; give a number above 0.")
         self._parsed = parse(objective)
         self._given = {"retain": retain_dataset, "refusal": refusals}
         self._template = refusal_template
         if retain_dataset is not None:
             refuse_overlap(forget_dataset, retain_dataset, allowed=allow_overlap)
-        reference_model = self._reference_copy(model, reference, kwargs.get("peft_config"))
+        columns = side_columns(forget_dataset)
+        reference_model = self._reference_copy(model, reference, kwargs.get("peft_config"), columns)
         numbered: Any = number_rows(forget_dataset)
         super().__init__(model, args, objective=[*self._parsed.terms], train_dataset=numbered, **kwargs)
         constraint = self._parsed.combination.constraint
@@ -98,9 +103,10 @@ class UnlearningTrainer(SupervisedTrainer):
         roles += ["refusal"] if self._given["refusal"] else []
         roles += ["retain_refusal"] if self._given["retain"] is not None and self._given["refusal"] else []
         columns = side_columns(dataset) + (["teacher_ids"] if self._template else [])
-        return build_terms(objective, Available(columns=columns, roles=roles, reference=True, needs_role=True))
+        available = Available(columns=columns, roles=roles, reference=self.reference != "none", needs_role=True)
+        return build_terms(objective, available)
 
-    def _reference_copy(self, model: Any, reference: str, peft_config: Any) -> Any:
+    def _reference_copy(self, model: Any, reference: str, peft_config: Any, columns: list[str]) -> Any:
         """A copy of the model before anything changes it, where the reference is not the policy without its adapter."""
         if reference not in ("auto", "model", "adapter_off", "none"):
             raise ValueError(f"reference is {reference!r}; unlearning knows auto, model, adapter_off and none.")
@@ -108,12 +114,12 @@ class UnlearningTrainer(SupervisedTrainer):
         self.reference = ("adapter_off" if adapter else "model") if reference == "auto" else reference
         if self.reference == "adapter_off" and not adapter:
             raise ValueError("reference is adapter_off, and the model has no adapter; set it to model, or give peft.")
-        if self.reference != "model" or isinstance(model, str) or not self._asks_reference():
+        if self.reference != "model" or isinstance(model, str) or not self._asks_reference(columns):
             return None
         return copy.deepcopy(model)
 
-    def _asks_reference(self) -> bool:
-        available = Available(roles=ROLES, reference=True, needs_role=True, columns=["teacher_ids"])
+    def _asks_reference(self, columns: list[str]) -> bool:
+        available = Available(roles=ROLES, reference=True, needs_role=True, columns=[*columns, "teacher_ids"])
         terms = build_terms([*self._parsed.terms], available)
         return bool(reference_groups(terms)) or needs_vocabulary(terms)
 
@@ -123,7 +129,8 @@ class UnlearningTrainer(SupervisedTrainer):
             return None
         if self.reference == "model":
             if model is None:
-                model = type(self.model).from_pretrained(self.model.config._name_or_path, dtype=self.model.dtype)
+                policy = causal_lm(self.model)
+                model = type(policy).from_pretrained(policy.config._name_or_path, dtype=policy.dtype)
             attach(model)
             model = self.accelerator.prepare_model(model.eval().requires_grad_(False), evaluation_mode=True)
         return LiveReference(model, needs, {"backend": self.kernel.backend, "budget": self.kernel.budget})
@@ -147,21 +154,27 @@ class UnlearningTrainer(SupervisedTrainer):
             if role in read and given is not None and own is not None and refusals:
                 numbered: Any = number_rows(given)
                 rows = with_refusals(numbered, own[ROW_NUMBER], refusals, seed=seed)
-                parts[role] = self._prepared(rows, role)
-                if len(parts[role]) != len(own):
-                    raise ValueError(
-                        f"{len(own) - len(parts[role])} prompts of the {role} data leave no room for a refusal within "
-                        "trainer.max_length; raise it."
-                    )
+                parts[role] = _in_order(self._prepared(rows, role), own[ROW_NUMBER], role)
         kept = parts["retain"]
-        sampler = DrawingSampler(len(parts["forget"]), len(kept) if kept is not None else 0, ratio=ratio, seed=seed)
+        shuffle = self.args.train_sampling_strategy != "sequential"
+        counts = len(parts["forget"]), len(kept) if kept is not None else 0
+        sampler = DrawingSampler(*counts, ratio=ratio, shuffle=shuffle, seed=seed)
         return DrawnRows(parts["forget"], kept, parts["refusal"], parts["retain_refusal"], sampler)
 
-    def _prepared(self, rows: Dataset, name: str) -> Any:
-        missing = [column for column in self._columns if column not in column_names(rows)]
-        rows = rows.add_column(missing[0], [0.0] * len(rows)) if missing else rows
+    def _prepared(self, rows: Dataset, role: str) -> Any:
+        bound = {column: term.name for term in self.terms if term.role == role for column in term.all_columns}
+        for column in self._columns:
+            if column in column_names(rows):
+                continue
+            if column in bound:
+                raise ValueError(
+                    f"the {role} data lacks the column {column!r} that the objective {bound[column]!r} needs; it has "
+                    f"{sorted(column_names(rows))}."
+                )
+            # no term reads it here, and a batch holds rows of every role
+            rows = rows.add_column(column, [0.0] * len(rows))
         prepare: Callable[..., Any] = self._prepare_dataset
-        return prepare(rows, self.processing_class, self.args, False, None, name)
+        return prepare(rows, self.processing_class, self.args, False, None, role)
 
     def _collator(self) -> UnlearningCollator:
         theirs: Any = self.data_collator
@@ -228,3 +241,30 @@ class UnlearningTrainer(SupervisedTrainer):
             if DUAL not in saved:
                 raise ValueError("the checkpoint holds no dual variable; it was saved without a constraint.")
             self.dual.load_state_dict(saved[DUAL])
+
+
+def _refuse(args: Any, given: Mapping[str, Any]) -> None:
+    """Settings of supervised training that unlearning does not have."""
+    if given.get("eval_dataset") is not None:
+        raise ValueError("eval_dataset is given, and unlearning has no evaluation loss; use evaluation: instead.")
+    if given.get("teacher") is not None:
+        raise ValueError("teacher is given, and unlearning compares with the model before unlearning; take it out.")
+    if getattr(args, "packing", False):
+        raise ValueError("trainer.packing is true, and rows are drawn one by one; set it to false.")
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"trainer.train_sampling_strategy is {strategy!r}, and rows to forget are drawn with rows to retain; "
+            "set it to random or sequential."
+        )
+
+
+def _in_order(rows: Dataset, numbers: list[int], role: str) -> Dataset:
+    """The rows of these numbers, in their order, whatever preparing has shuffled or left out."""
+    position = {number: index for index, number in enumerate(rows[ROW_NUMBER])}
+    lost = sum(number not in position for number in numbers)
+    if lost:
+        raise ValueError(
+            f"{lost} prompts of the {role} data leave no room for a refusal within trainer.max_length; raise it."
+        )
+    return rows.select([position[number] for number in numbers])
