@@ -8,6 +8,7 @@ from typing import Any
 from posttrain.cli.output import console
 from posttrain.cli.train import print_paths
 from posttrain.config import EvaluationConfig, load, resolve
+from posttrain.config.unlearning import SUITES
 
 
 def evaluate(path: str, overrides: Sequence[str], suites: Sequence[str] | None = None) -> None:
@@ -39,5 +40,5 @@ def only(settings: EvaluationConfig, suites: Sequence[str]) -> EvaluationConfig:
     for suite in suites:
         if getattr(settings, suite) is None:
             raise ValueError(f"--suite {suite} needs the block evaluation.{suite}, which names its data; add it.")
-    nothing: dict[str, Any] = {name: None for name in ("data", "harness", "tofu", "muse") if name not in suites}
+    nothing: dict[str, Any] = {name: None for name in ("data", "harness", *SUITES) if name not in suites}
     return dataclasses.replace(settings, **nothing)

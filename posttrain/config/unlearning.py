@@ -1,4 +1,4 @@
-"""``evaluation.tofu:`` and ``evaluation.muse:``: what unlearning is measured on."""
+"""``evaluation.tofu:``, ``evaluation.muse:`` and ``evaluation.audit:``: what unlearning is measured on."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.config.inputs import DataSource, ModelConfig
+
+# Keys of ``evaluation`` that are suites of unlearning.
+SUITES = ("tofu", "muse", "audit")
 
 
 @dataclass(kw_only=True)
@@ -90,7 +93,58 @@ class MuseConfig:
         _check(self, "evaluation.muse")
 
 
-def sources_of(suite: TofuConfig | MuseConfig | None) -> Iterator[tuple[str, DataSource]]:
+@dataclass(kw_only=True)
+class AuditConfig:
+    """``evaluation.audit:``: whether what was forgotten comes back, by fine-tuning, by rounding, or by a look inside.
+
+    Rows are questions and answers as in `TofuConfig`.
+
+    Args:
+        forget: what was to be forgotten.
+        retain: some of what was to stay, for what rounding does to it; None leaves that out.
+        template: as in `TofuConfig`.
+        original: the model before unlearning.
+        retrained: trained without the rows to forget; it relearns as the unlearned model does.
+        group: column that says whom or what a row is about, which its nearest neighbours are to tell.
+        group_size: the same, where so many rows in a row belong together (TOFU's authors have 20 each).
+        neighbours: that vote.
+        relearn_epochs: of fine-tuning on the rows that are shown; 0 leaves relearning out.
+        relearn_share: of the rows to forget that are shown; the others show what comes back with them.
+        relearn_learning_rate: of AdamW.
+        relearn_batch_size: rows a step.
+
+    Raises:
+        ValueError: a number outside its range, or both ``group`` and ``group_size``.
+    """
+
+    forget: DataSource | None = None
+    retain: DataSource | None = None
+    template: str | None = None
+    original: ModelConfig | None = None
+    retrained: ModelConfig | None = None
+    group: str | None = None
+    group_size: int | None = None
+    neighbours: int = 5
+    relearn_epochs: int = 3
+    relearn_share: float = 0.5
+    relearn_learning_rate: float = 2e-5
+    relearn_batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "evaluation.audit", besides=("relearn_epochs", "relearn_share", "relearn_learning_rate"))
+        if self.relearn_epochs < 0:
+            raise ValueError(f"evaluation.audit.relearn_epochs is {self.relearn_epochs}; give a number of at least 0.")
+        if not 0 < self.relearn_share <= 1:
+            raise ValueError(f"evaluation.audit.relearn_share is {self.relearn_share}; give a share above 0, up to 1.")
+        if not self.relearn_learning_rate > 0:
+            raise ValueError(
+                f"evaluation.audit.relearn_learning_rate is {self.relearn_learning_rate}; give a number above 0."
+            )
+        if self.group is not None and self.group_size is not None:
+            raise ValueError("evaluation.audit has both group and group_size; give one of them.")
+
+
+def sources_of(suite: TofuConfig | MuseConfig | AuditConfig | None) -> Iterator[tuple[str, DataSource]]:
     """The data sources that a suite names, by key; of None none."""
     for item in () if suite is None else dataclasses.fields(suite):
         value = getattr(suite, item.name)
@@ -98,10 +152,14 @@ def sources_of(suite: TofuConfig | MuseConfig | None) -> Iterator[tuple[str, Dat
             yield item.name, value
 
 
-def _check(suite: Any, key: str) -> None:
-    for item in dataclasses.fields(suite):
-        value = getattr(suite, item.name)
-        if isinstance(value, int) and not isinstance(value, bool) and item.name != "min_k" and value < 1:
-            raise ValueError(f"{key}.{item.name} is {value}; give a number of at least 1.")
+def _check(suite: TofuConfig | MuseConfig, key: str) -> None:
+    _check_counts(suite, key, besides=("min_k",))
     if not 0 < suite.min_k <= 1:
         raise ValueError(f"{key}.min_k is {suite.min_k}; give a share above 0 and up to 1.")
+
+
+def _check_counts(suite: Any, key: str, *, besides: tuple[str, ...]) -> None:
+    for item in dataclasses.fields(suite):
+        value = getattr(suite, item.name)
+        if isinstance(value, int) and not isinstance(value, bool) and item.name not in besides and value < 1:
+            raise ValueError(f"{key}.{item.name} is {value}; give a number of at least 1.")

@@ -195,7 +195,7 @@ def token_scores(
     with fastest_token_statistics(model, sequences[order[-1]][0]) as statistics_of:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch, owner = _collate([sequences[index] for index in chosen], model.device)
+            batch, owner = collate([sequences[index] for index in chosen], model.device)
             with evaluation_mode(model):
                 statistics = statistics_of(model, batch, surprisal_variance=surprisal_variance)
             yield np.array(chosen), owner, {name: value.cpu().numpy() for name, value in statistics.items()}
@@ -203,7 +203,7 @@ def token_scores(
                 progress(len(chosen))
 
 
-def _collate(sequences: Sequence[tuple[list[int], list[bool]]], device: torch.device) -> tuple[Batch, Array]:
+def collate(sequences: Sequence[tuple[list[int], list[bool]]], device: torch.device) -> tuple[Batch, Array]:
     """Sequences, longest first, as a batch, and which of them each scored token belongs to."""
     ids = np.zeros((len(sequences), len(sequences[0][0])), dtype=np.int64)
     mask, scored = np.zeros_like(ids), np.zeros_like(ids, dtype=bool)

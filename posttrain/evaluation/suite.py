@@ -185,7 +185,7 @@ def _evaluate_source(
     }
     return SourceReport(
         rows=len(rows),
-        fingerprint=_fingerprint(rows),
+        fingerprint=rows_fingerprint(rows),
         verifier=found.verifier,
         measures=measures,
         counts=found.counts,
@@ -259,7 +259,8 @@ def _likelihood(scored: Likelihood, found: _Findings) -> None:
         )
 
 
-def _fingerprint(rows: Sequence[Row]) -> str:
+def rows_fingerprint(rows: Sequence[Row]) -> str:
+    """Digest of the rows' text."""
     columns = ("prompt", "completion", "answer", "messages", "text")
     digest = hashlib.sha256()
     for row in rows:

@@ -4,6 +4,7 @@ Every metric is a function of per-token statistics that one forward a data set g
 written.
 """
 
+from posttrain.evaluation.unlearning.audit import AuditSuite, audit
 from posttrain.evaluation.unlearning.muse import MuseSuite
 from posttrain.evaluation.unlearning.questions import Question, read_questions
 from posttrain.evaluation.unlearning.retain import RetainResults

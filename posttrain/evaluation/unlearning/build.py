@@ -7,13 +7,14 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from posttrain.config import DataSource, EvaluationConfig, ModelConfig
-from posttrain.config.unlearning import MuseConfig, TofuConfig
+from posttrain.config.unlearning import AuditConfig, MuseConfig, TofuConfig
 from posttrain.data import fields, sources
 from posttrain.evaluation.benchmark import Benchmark
-from posttrain.evaluation.unlearning import muse, tofu
+from posttrain.evaluation.unlearning import audit, muse, tofu
 from posttrain.evaluation.unlearning.measured import DATA_SETS
 from posttrain.evaluation.unlearning.overlap import require_rouge
 from posttrain.evaluation.unlearning.questions import Question, fingerprint, read_questions
+from posttrain.evaluation.unlearning.relearning import Relearning
 from posttrain.evaluation.unlearning.retain import LoadModel, RetainResults, read_results
 from posttrain.loading import load_model, location
 
@@ -30,6 +31,8 @@ def benchmarks(settings: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -
         found["tofu"] = tofu_suite(settings.tofu, tokenizer)
     if settings.muse is not None:
         found["muse"] = muse_suite(settings.muse, tokenizer)
+    if settings.audit is not None:
+        found["audit"] = audit_suite(settings.audit, tokenizer)
     return found
 
 
@@ -99,6 +102,36 @@ def muse_suite(config: MuseConfig, tokenizer: PreTrainedTokenizerBase) -> muse.M
     )
 
 
+def audit_suite(config: AuditConfig, tokenizer: PreTrainedTokenizerBase) -> audit.AuditSuite:
+    """The suite with its rows read and its models found, but not loaded."""
+    if config.forget is None:
+        raise ValueError(f"{audit.KEY}.forget is missing; name the rows that were to be forgotten.")
+    rows = {
+        name: [one.row(one.answer) for one in _questions(source, config.template, tokenizer, f"{audit.KEY}.{name}")]
+        for name in ("forget", "retain")
+        if (source := getattr(config, name)) is not None
+    }
+    groups: list[Any] | None = None
+    if config.group_size is not None:
+        groups = [index // config.group_size for index in range(len(rows["forget"]))]
+    elif config.group is not None:
+        given = sources.load(config.forget, key=f"{audit.KEY}.forget")
+        fields.require(config.group, sources.columns_of(given), f"{audit.KEY}.forget", "a row with its group")
+        groups = [row[config.group] for row in given]
+    return audit.AuditSuite(
+        rows["forget"],
+        rows.get("retain", ()),
+        groups=groups,
+        original=_model(config.original, f"{audit.KEY}.original"),
+        retrained=_model(config.retrained, f"{audit.KEY}.retrained"),
+        relearning=Relearning(
+            config.relearn_epochs, config.relearn_share, config.relearn_learning_rate, config.relearn_batch_size
+        ),
+        neighbours=config.neighbours,
+        described=_described(config, ("template", "original", "retrained", "group", "group_size")),
+    )
+
+
 def _questions(
     source: DataSource, template: str | None, tokenizer: PreTrainedTokenizerBase, key: str
 ) -> list[Question]:
@@ -147,6 +180,6 @@ def _model(config: ModelConfig | None, key: str) -> LoadModel | None:
     return partial(load_model, config, key=key)
 
 
-def _described(config: TofuConfig | MuseConfig, names: tuple[str, ...]) -> dict[str, Any]:
+def _described(config: TofuConfig | MuseConfig | AuditConfig, names: tuple[str, ...]) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in names}
     return {name: one.name_or_path if isinstance(one, ModelConfig) else one for name, one in values.items()}

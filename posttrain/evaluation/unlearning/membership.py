@@ -35,7 +35,7 @@ def min_k(answers: AnswerTokens, share: float) -> Array:
 
 
 def min_k_plus_plus(answers: AnswerTokens, share: float) -> Array:
-    """Min-K++ (arXiv:2404.02936): `min_k` of (log p - mean) / deviation, those of log p under the whole distribution."""
+    """Min-K++ (arXiv:2404.02936): `min_k` of (log p - mean) / deviation, those of log p under all tokens."""
     deviation = np.maximum(np.sqrt(np.maximum(answers.surprisal_variance, 0.0)), SMALLEST_DEVIATION)
     return np.array([_lowest(one, share) for one in answers.per_answer((answers.logp + answers.entropy) / deviation)])
 

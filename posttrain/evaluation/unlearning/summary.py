@@ -11,6 +11,7 @@ from posttrain.evaluation.unlearning.retain import RetainResults
 from posttrain.evaluation.unlearning.tokens import AnswerTokens
 
 ATTACKS = ("loss", "min_k", "min_k_plus_plus", "zlib", "reference")
+UTILITY = ("retain", *GENERAL)
 KEY = "evaluation.tofu"
 
 
@@ -57,10 +58,11 @@ def _forget_quality(measured: Mapping[str, Measured], retain: RetainResults | No
 
 def _model_utility(measured: Mapping[str, Measured], mean: str, found: Findings) -> None:
     name, sets = f"model_utility_{mean}", []
-    for data_set in ("retain", *GENERAL):
-        if data_set not in measured:
-            found.left_out[name] = f"{KEY}.{data_set} is missing"
-            return
+    absent = next((one for one in UTILITY if one not in measured), None)
+    if absent is not None:
+        found.left_out[name] = f"{KEY}.{absent} is missing"
+        return
+    for data_set in UTILITY:
         probability = "probability_normalised" if data_set in GENERAL else "probability"
         parts = (probability, "rouge_l_recall", f"truth_ratio_{mean}")
         missing = next((part for part in parts if part in measured[data_set].left_out), None)

@@ -138,7 +138,7 @@ class AnswerScorer:
             file.parent.mkdir(parents=True, exist_ok=True)
             # a name of its own until it is whole: several runs may share the folder
             partial = file.with_name(f".{file.stem}-{id(found)}.npz")
-            np.savez(partial, **found)  # type: ignore[arg-type]
+            np.savez(partial, **found)
             partial.replace(file)
         return AnswerTokens(**known, **found)
 
