@@ -27,8 +27,11 @@ class TokenCounter:
         """The optimizer steps, at least 1, that come nearest to the budget.
 
         Raises:
-            ValueError: packing, which makes rows of a step vary; or as loading the tokenizer and rows does.
+            ValueError: packing, which makes rows of a step vary; unlearning, whose rows are of two kinds; or as loading
+                the tokenizer and rows does.
         """
+        if run.tree.get("method") == "unlearning":
+            raise ValueError("budget.tokens counts data.train, which unlearning has not; give budget.steps.")
         args = run.tree.get("trainer") or {}
         if args.get("packing"):
             raise ValueError("budget.tokens cannot be counted with trainer.packing; give budget.steps.")

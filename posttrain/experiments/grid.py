@@ -20,6 +20,8 @@ Tree = dict[str, Any]
 _SPENT = ("trainer.max_steps", "trainer.num_train_epochs")
 _ROWS_A_STEP = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
 _DATA_KEYS = ("train", "eval", "evaluation")
+# What says which objective it is; unlearning has a preset, or a forget term among others.
+_NAMED_BY = ("name", "preset", "forget")
 # Parts of `evaluation` that bring rows of their own.
 _SUITES = ("harness", "tofu", "muse")
 
@@ -96,8 +98,9 @@ def expand(config: CompareConfig) -> list[PlannedRun]:
     _check_names(runs)
     for run in runs:
         _check_secrets(run.tree, "run")
-        if run.tree.get("data", {}).get("train") is None:
-            raise ValueError(f"run.data.train is missing for data {run.data!r}; name a path or a task to train on.")
+        trained = "forget" if run.tree.get("method") == "unlearning" else "train"
+        if run.tree.get("data", {}).get(trained) is None:
+            raise ValueError(f"run.data.{trained} is missing for data {run.data!r}; name a path or a task to train on.")
         if not evaluation_sources(run.tree) and not any(run.tree["evaluation"].get(name) for name in _SUITES):
             raise ValueError(f"run.evaluation.data is missing for data {run.data!r}; name what to compare the runs on.")
     return runs
@@ -136,10 +139,10 @@ def _variant(
     config: CompareConfig, label: str, spec: Any, chosen: Mapping[str, Any], varied: Mapping[str, Any]
 ) -> Variant:
     if isinstance(spec, Mapping):
-        if "name" not in spec:
+        if spec.keys().isdisjoint(_NAMED_BY):
             raise ValueError(f"objectives.{label} has no name; say which objective of `posttrain list` it is.")
         objective: Any = {key: value for key, value in spec.items() if key != "grid"} | dict(chosen)
-        own = {key: value for key, value in objective.items() if key != "name"}
+        own = {key: value for key, value in objective.items() if key not in _NAMED_BY}
     elif isinstance(spec, str | list):
         objective, own = copy.deepcopy(spec), {}
     else:
@@ -191,7 +194,7 @@ def _data(config: CompareConfig) -> dict[str, Tree]:
     data = dict(config.run.get("data") or {})
     evaluation = {**(config.run.get("evaluation") or {})}
     if config.data is None:
-        train = data.get("train") or {}
+        train = data.get("train") or data.get("forget") or {}
         label = train.get("task") or Path(str(train.get("path", "data"))).name.partition(".")[0]
         return {label: {"data": data, "evaluation": evaluation}}
     found = {}

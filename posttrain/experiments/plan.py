@@ -147,6 +147,7 @@ def validate(plan: Plan) -> None:
         ValueError: an unknown key, a value of another type, or an objective or hyper-parameter that does not exist;
             the objective is named.
     """
+    from posttrain.combination import parse
     from posttrain.config import from_tree
     from posttrain.terms import Available, build_terms
 
@@ -160,7 +161,9 @@ def validate(plan: Plan) -> None:
             continue
         checked.add(text)
         try:
-            build_terms(from_tree(expand(tree)).objective, everything)
+            read = from_tree(expand(tree))
+            unlearning = read.method == "unlearning"
+            build_terms(parse(read.objective).terms if unlearning else read.objective, everything)
         except ValueError as error:
             raise ValueError(f"{objective}: {error}") from error
 

@@ -35,7 +35,8 @@ class TuneConfig:
         trials: runs per objective, base and data: the first combinations of the values, or where there are more, a
             seeded choice among them, the same for every objective. None tries every combination.
         on: ``validation``: tasks are measured on their validation split, files and hub sets on the last tenth of the
-            training rows, which trials then do not train on. Or a list of evaluation sources.
+            training rows, which trials then do not train on. ``evaluation``: what the runs are measured on, where there
+            are no other rows, as in unlearning. Or a list of evaluation sources.
         metric: what decides, such as ``pass@1`` (the mean over the sources) or ``source/metric``.
         seed: of the trials' training and of the choice; None takes the first of ``seeds``.
     """
@@ -168,5 +169,5 @@ def _check_tune(tune: TuneConfig, vary: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} stands in both tune and vary; tune chooses one value, vary runs all.")
     if tune.trials is not None and tune.trials < 1:
         raise ValueError(f"tune.trials is {tune.trials}; give at least 1, or leave it out for every combination.")
-    if isinstance(tune.on, str) and tune.on != "validation":
-        raise ValueError(f"tune.on is {tune.on!r}; give validation, or a list of evaluation sources.")
+    if isinstance(tune.on, str) and tune.on not in ("validation", "evaluation"):
+        raise ValueError(f"tune.on is {tune.on!r}; give validation, evaluation, or a list of evaluation sources.")

@@ -78,14 +78,16 @@ def _on_validation(tune: TuneConfig, run: PlannedRun, seed: int) -> PlannedRun:
     """The run with the trials' seed, measured on validation rows."""
     tree = copy.deepcopy(run.tree)
     tree["trainer"]["seed"] = seed
-    train: Tree = tree["data"]["train"]
+    train: Tree = tree["data"].get("train") or {}
     if train.get("task") is not None:
         train["seed"] = int(train.get("seed") or 0) - run.seed + seed
     # what is known outside, such as the tasks of lm-evaluation-harness, has test rows alone
     evaluation = {**tree["evaluation"], "every": None, "harness": None}
     if isinstance(tune.on, list):
         evaluation["data"] = copy.deepcopy(tune.on)
-    else:
+    elif tune.on == "validation":
+        if not train:
+            raise ValueError("tune.on is validation, and data.train is missing; set it to evaluation, or to sources.")
         evaluation["data"] = _validation(evaluation_sources(tree), train)
     tree["evaluation"] = evaluation
     return PlannedRun(run.name, run.objective, run.base, run.data, seed, tree, run.hyperparameters)

@@ -244,6 +244,8 @@ def test_forgetting_is_paired_with_keeping() -> None:
     assert forget_retain_axes(["tofu/forget_quality", "tofu/model_utility"]) == [
         ("tofu/forget_quality", "tofu/model_utility")
     ]
+    kinds = ["tofu/forget_quality_a", "tofu/forget_quality_b", "tofu/model_utility_a", "tofu/model_utility_b"]
+    assert forget_retain_axes(kinds) == [(kinds[0], kinds[2]), (kinds[1], kinds[3])]
     assert forget_retain_axes(["forget/nll"]) == []
 
 

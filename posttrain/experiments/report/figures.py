@@ -113,13 +113,14 @@ class Drawer:
 def forget_retain_axes(metrics: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs of what measures forgetting and what measures keeping.
 
-    A pair has the same name but for ``forget`` and ``retain`` in its source or its metric; ``forget_quality`` goes with
-    ``model_utility`` of the same source.
+    A pair has the same name but for ``forget`` and ``retain`` in its source or its metric; ``forget_quality`` (and
+    ``forget_quality_geometric``) goes with ``model_utility`` (``model_utility_geometric``) of the same source.
     """
     found = []
     for metric in metrics:
         source, _, name = metric.rpartition("/")
-        others = (metric.replace("forget", "retain"), f"{source}/model_utility" if name == "forget_quality" else metric)
+        utility = f"{source}/{name.replace('forget_quality', 'model_utility')}"
+        others = (metric.replace("forget", "retain"), utility if name.startswith("forget_quality") else metric)
         found += [(metric, other) for other in others if other != metric and other in metrics]
     return found
 
