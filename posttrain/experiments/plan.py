@@ -162,8 +162,8 @@ def validate(plan: Plan) -> None:
         checked.add(text)
         try:
             read = from_tree(expand(tree))
-            unlearning = read.method == "unlearning"
-            build_terms(parse(read.objective).terms if unlearning else read.objective, everything)
+            terms: Any = parse(read.objective).terms if read.method == "unlearning" else read.objective
+            build_terms(terms, everything)
         except ValueError as error:
             raise ValueError(f"{objective}: {error}") from error
 
