@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from posttrain import run_record
 from posttrain.config import ModelConfig, RunConfig, trainer_config_class
 from posttrain.config.resolve import on_cpu
+from posttrain.config.unlearning import SUITES
 from posttrain.evaluation import Benchmark, HarnessTask, Report, evaluate, harness, plot_pass_at_k
 from posttrain.loading import load_model, load_sources, load_tokenizer, location
 from posttrain.metrics_log import MetricsLog, plot_curves, read
@@ -123,7 +124,7 @@ def evaluate_only(config: RunConfig) -> tuple[Report, Mapping[str, Path]] | None
         ValueError: there is no evaluation data, or the folder holds an evaluation already.
     """
     settings = config.evaluation
-    if not settings.data and settings.harness is None and settings.tofu is None and settings.muse is None:
+    if not settings.data and all(getattr(settings, name) is None for name in ("harness", *SUITES)):
         raise ValueError("evaluation.data is missing, and data.eval as well; name a path or a task to evaluate on.")
     folder = Path(config.trainer["output_dir"])
     written = folder / run_record.EVALUATION_FILE
@@ -244,7 +245,7 @@ def _report(
     options = {
         item.name: getattr(config.evaluation, item.name)
         for item in dataclasses.fields(config.evaluation)
-        if item.name not in ("data", "harness", "tofu", "muse", "before", "every")
+        if item.name not in ("data", "harness", *SUITES, "before", "every")
     }
     return evaluate(model, tokenizer, sources, **options, checkpoint=checkpoint, progress=True)
 

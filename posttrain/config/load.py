@@ -9,7 +9,7 @@ from posttrain.config.annotation import RewardModelConfig
 from posttrain.config.inputs import DataSource
 from posttrain.config.schema import RunConfig
 from posttrain.config.trainer import check_method, check_peft, check_reward_trainer, check_trainer
-from posttrain.config.unlearning import sources_of
+from posttrain.config.unlearning import SUITES, sources_of
 from posttrain.config.values import convert, expand, join, read_yaml
 from posttrain.suggest import unknown
 
@@ -85,7 +85,7 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
     _check_reward(config.annotation.reward)
     for index, source in enumerate(config.evaluation.data or []):
         check_source(source, f"evaluation.data.{index}")
-    for suite in ("tofu", "muse"):
+    for suite in SUITES:
         for name, one in sources_of(getattr(config.evaluation, suite)):
             check_source(one, f"evaluation.{suite}.{name}")
     if config.resume and config.overwrite:

@@ -9,7 +9,7 @@ import yaml
 
 from posttrain.config.annotation import AnnotationConfig
 from posttrain.config.inputs import DataConfig, EvaluationSource, ModelConfig, TokenizerConfig
-from posttrain.config.unlearning import MuseConfig, TofuConfig
+from posttrain.config.unlearning import AuditConfig, MuseConfig, TofuConfig
 
 # What must not be written beside the results.
 SECRET_KEYS = frozenset({"hub_token", "push_to_hub_token", "token"})
@@ -102,8 +102,8 @@ class EvaluationConfig:
 
     Args:
         data: None takes ``data.eval``.
-        tofu, muse: how much is left of what was to be forgotten; of the settings here they take ``batch_size`` and
-            those of the bootstrap.
+        tofu, muse, audit: how much is left of what was to be forgotten; of the settings here they take
+            ``batch_size`` and those of the bootstrap.
         harness: tasks of lm-evaluation-harness; ``metrics``, ``samples`` and what else concerns sampling is not theirs.
         backend: what samples: ``transformers``, or ``vllm`` (where installed) under ``posttrain evaluate``.
         before: ``train`` evaluates the base as well, for the before/after table.
@@ -114,6 +114,7 @@ class EvaluationConfig:
     harness: HarnessConfig | None = None
     tofu: TofuConfig | None = None
     muse: MuseConfig | None = None
+    audit: AuditConfig | None = None
     backend: str = "transformers"
     metrics: list[str] = field(default_factory=lambda: ["generation", "likelihood"])
     samples: int = 8

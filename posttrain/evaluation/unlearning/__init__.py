@@ -1,4 +1,4 @@
-"""How much a model still knows of what it was to forget, and how much it lost beside: the suites `tofu` and `muse`.
+"""How much a model still knows of what it was to forget, and how much it lost beside: suites `tofu`, `muse`, `audit`.
 
 Every metric is a function of per-token statistics that one forward a data set gives (`tokens`), and of the answers
 written.
@@ -11,4 +11,14 @@ from posttrain.evaluation.unlearning.retain import RetainResults
 from posttrain.evaluation.unlearning.tofu import TofuSuite
 from posttrain.evaluation.unlearning.tokens import AnswerScorer, AnswerTokens
 
-__all__ = ["AnswerScorer", "AnswerTokens", "MuseSuite", "Question", "RetainResults", "TofuSuite", "read_questions"]
+__all__ = [
+    "AnswerScorer",
+    "AnswerTokens",
+    "AuditSuite",
+    "MuseSuite",
+    "Question",
+    "RetainResults",
+    "TofuSuite",
+    "audit",
+    "read_questions",
+]

@@ -129,9 +129,7 @@ class AuditSuite(Benchmark):
             for metric in course[0]:
                 self._note_course(metric, part, members, course, found)
 
-    def _note_course(
-        self, metric: str, part: str, members: list[int], course: list[Known], found: Findings
-    ) -> None:
+    def _note_course(self, metric: str, part: str, members: list[int], course: list[Known], found: Findings) -> None:
         def of_part(values: Array) -> Array:
             kept = np.full(len(values), np.nan)
             kept[members] = values[members]

@@ -10,7 +10,9 @@ from posttrain.config import DataSource, EvaluationConfig, ModelConfig
 from posttrain.config.unlearning import AuditConfig, MuseConfig, TofuConfig
 from posttrain.data import fields, sources
 from posttrain.evaluation.benchmark import Benchmark
-from posttrain.evaluation.unlearning import audit, muse, tofu
+from posttrain.evaluation.unlearning import muse, tofu
+from posttrain.evaluation.unlearning.audit import KEY as AUDIT
+from posttrain.evaluation.unlearning.audit import AuditSuite
 from posttrain.evaluation.unlearning.measured import DATA_SETS
 from posttrain.evaluation.unlearning.overlap import require_rouge
 from posttrain.evaluation.unlearning.questions import Question, fingerprint, read_questions
@@ -102,12 +104,12 @@ def muse_suite(config: MuseConfig, tokenizer: PreTrainedTokenizerBase) -> muse.M
     )
 
 
-def audit_suite(config: AuditConfig, tokenizer: PreTrainedTokenizerBase) -> audit.AuditSuite:
+def audit_suite(config: AuditConfig, tokenizer: PreTrainedTokenizerBase) -> AuditSuite:
     """The suite with its rows read and its models found, but not loaded."""
     if config.forget is None:
-        raise ValueError(f"{audit.KEY}.forget is missing; name the rows that were to be forgotten.")
+        raise ValueError(f"{AUDIT}.forget is missing; name the rows that were to be forgotten.")
     rows = {
-        name: [one.row(one.answer) for one in _questions(source, config.template, tokenizer, f"{audit.KEY}.{name}")]
+        name: [one.row(one.answer) for one in _questions(source, config.template, tokenizer, f"{AUDIT}.{name}")]
         for name in ("forget", "retain")
         if (source := getattr(config, name)) is not None
     }
@@ -115,15 +117,15 @@ def audit_suite(config: AuditConfig, tokenizer: PreTrainedTokenizerBase) -> audi
     if config.group_size is not None:
         groups = [index // config.group_size for index in range(len(rows["forget"]))]
     elif config.group is not None:
-        given = sources.load(config.forget, key=f"{audit.KEY}.forget")
-        fields.require(config.group, sources.columns_of(given), f"{audit.KEY}.forget", "a row with its group")
+        given = sources.load(config.forget, key=f"{AUDIT}.forget")
+        fields.require(config.group, sources.columns_of(given), f"{AUDIT}.forget", "a row with its group")
         groups = [row[config.group] for row in given]
-    return audit.AuditSuite(
+    return AuditSuite(
         rows["forget"],
         rows.get("retain", ()),
         groups=groups,
-        original=_model(config.original, f"{audit.KEY}.original"),
-        retrained=_model(config.retrained, f"{audit.KEY}.retrained"),
+        original=_model(config.original, f"{AUDIT}.original"),
+        retrained=_model(config.retrained, f"{AUDIT}.retrained"),
         relearning=Relearning(
             config.relearn_epochs, config.relearn_share, config.relearn_learning_rate, config.relearn_batch_size
         ),

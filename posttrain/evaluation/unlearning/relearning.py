@@ -33,7 +33,7 @@ class Relearning:
 def merged_copy(model: CausalLM) -> PreTrainedModel:
     """A copy to change, its adapters merged into it."""
     copied = copy.deepcopy(model)
-    return copied.merge_and_unload() if isinstance(copied, PeftModel) else copied  # type: ignore[operator]
+    return copied.merge_and_unload() if isinstance(copied, PeftModel) else copied
 
 
 def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
