@@ -138,9 +138,11 @@ def prepare(folder: Path, tofu: Path, text: Path, *, hidden: int = HIDDEN, layer
 
 
 def trained(folder: Path) -> dict[str, Any]:
-    """Cost, losses and TOFU's numbers of the base and the twins, as their folders hold them."""
+    """Cost, losses and TOFU's numbers of the twins and of their base, where it was trained for them."""
     found: dict[str, Any] = {}
     for name in ("base", "full", "retain"):
+        if not (folder / name).exists():
+            continue
         seconds = json.loads((folder / name / "resources.json").read_text())["train_seconds"]
         logged = [line for line in read(folder / name / "metrics.jsonl") if "loss" in line]
         found[name] = {"train_seconds": seconds, "loss": [[line["step"], line["loss"]] for line in logged]}

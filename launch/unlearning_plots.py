@@ -34,6 +34,18 @@ METRICS = {
     "tofu/mia_min_k_auc": "Min-K AUC",
     "tofu/privleak": "PrivLeak",
 }
+RELEARNED, ROUNDED, STATES = "audit_forget_relearning", "audit_forget_rounding", "audit_forget_states"
+AUDIT = {
+    f"{RELEARNED}/probability_shown_epoch0": "before relearning",
+    f"{RELEARNED}/probability_shown_epoch3": "shown rows after it",
+    f"{RELEARNED}/probability_unshown_epoch3": "other rows after it",
+    f"{RELEARNED}/relearning_robustness_probability_shown": "relearning robustness",
+    f"{ROUNDED}/probability_unrounded": "unrounded",
+    f"{ROUNDED}/probability_int4": "4-bit weights",
+    f"{STATES}/cka_original_layer4": "CKA to the untouched model",
+    f"{STATES}/cka_retrained_layer4": "CKA to the oracle",
+    f"{STATES}/group_told_layer4": "author told by neighbours",
+}
 QUALITY, UTILITY = "tofu/forget_quality_geometric", "tofu/model_utility_geometric"
 CURVES = ("retain_loss", "dual")
 # p-values below are drawn here
@@ -44,12 +56,13 @@ MARKERS = "os^Dv<>phd"
 Tree = dict[str, Any]
 
 
-def record(comparison: Comparison, oracle: Mapping[str, float]) -> Tree:
+def record(comparison: Comparison, oracle: Mapping[str, float], audits: Path | None = None) -> Tree:
     """What is drawn and told, ready for JSON; whatever a run lacks is absent.
 
     Args:
         comparison: as read from its folder.
         oracle: ``source/metric`` -> value of the twin.
+        audits: folder of audits, one folder each.
     """
     untouched: dict[str, float] = {}
     for found in comparison.before.values():
@@ -61,6 +74,7 @@ def record(comparison: Comparison, oracle: Mapping[str, float]) -> Tree:
         "hardware": dict(comparison.hardware),
         "marks": {"untouched": _chosen(untouched), "oracle": _chosen(oracle)},
         "runs": [_run(run) for run in comparison.runs],
+        "audit": {folder.name: metrics_of(folder) for folder in sorted(audits.iterdir())} if audits else {},
     }
 
 
@@ -113,15 +127,22 @@ def table(found: Mapping[str, Any]) -> str:
         "",
         f"Mean over the seeds (their number in brackets; of p-values the geometric mean). {found['date']}.",
         "",
-        "| | " + " | ".join(METRICS.values()) + " |",
-        "|---|" + "---:|" * len(METRICS),
+        *_table(rows, METRICS),
     ]
-    for name, runs in rows:
-        lines.append(f"| {name} | " + " | ".join(_shown(mean(runs, metric), metric) for metric in METRICS) + " |")
+    if found.get("audit"):
+        audited = [(name, [{"metrics": metrics}]) for name, metrics in found["audit"].items()]
+        lines += ["", "Audit, seed 0; probabilities are those of the answers to forget.", "", *_table(audited, AUDIT)]
     failed = [f"{run['objective']}, seed {run['seed']}" for run in found["runs"] if run["status"] != "done"]
     if failed:
         lines += ["", "Not finished: " + "; ".join(failed) + "."]
     return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[tuple[str, Sequence[Tree]]], metrics: Mapping[str, str]) -> list[str]:
+    lines = ["| | " + " | ".join(metrics.values()) + " |", "|---|" + "---:|" * len(metrics)]
+    for name, runs in rows:
+        lines.append(f"| {name} | " + " | ".join(_shown(mean(runs, metric), metric) for metric in metrics) + " |")
+    return lines
 
 
 def _shown(value: float, metric: str) -> str:
@@ -193,13 +214,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="of a file in configs/compare/unlearning")
     parser.add_argument("--oracle", type=Path, help="folder of the twin's evaluation; without it, draw NAME.json again")
+    parser.add_argument("--audits", type=Path, help="folder of audits, one folder each")
     parser.add_argument("--results", type=Path, default=ROOT / "launch/results/unlearning")
     given = parser.parse_args(arguments)
     given.results.mkdir(parents=True, exist_ok=True)
     path = given.results / f"{given.name}.json"
     if given.oracle is not None:
         plan = Plan(schema.load(CONFIGS / f"{given.name}.yaml"))
-        found = record(engine.read(plan, f"launch/tofu_tiny.sh {given.name}"), metrics_of(given.oracle))
+        comparison = engine.read(plan, f"launch/tofu_tiny.sh {given.name}")
+        found = record(comparison, metrics_of(given.oracle), given.audits)
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     found = json.loads(path.read_text(encoding="utf-8"))
     path.with_suffix(".md").write_text(table(found), encoding="utf-8")

@@ -198,6 +198,15 @@ def test_a_record_holds_all_that_is_drawn(comparison: Comparison) -> None:
     assert lines[-1] == "Not finished: flat, seed 0."
 
 
+def test_audits_have_a_table_of_their_own(comparison: Comparison, tmp_path: Path) -> None:
+    (tmp_path / "npo-seed0").mkdir()
+    metrics = {"probability_shown_epoch0": {"value": 0.1}, "probability_shown_epoch3": {"value": 0.6}}
+    report = {"sources": {"audit_forget_relearning": {"metrics": metrics}}}
+    (tmp_path / "npo-seed0" / "evaluation.json").write_text(json.dumps(report))
+    lines = unlearning_plots.table(unlearning_plots.record(comparison, {}, tmp_path)).splitlines()
+    assert "| npo-seed0 | 0.100 | 0.600 | - | - | - | - | - | - | - |" in lines
+
+
 def test_the_scatter_marks_every_run_and_the_constraint_its_bound(comparison: Comparison) -> None:
     found = json.loads(json.dumps(unlearning_plots.record(comparison, {unlearning_plots.UTILITY: 0.68})))
     (axes,) = unlearning_plots.scatter(found).axes
