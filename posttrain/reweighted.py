@@ -25,6 +25,9 @@ class Reweighted:
         declaration: of the objective.
         reweighting: ``fn(loss, <statistics or columns>..., *, hyper-parameters) -> Loss``.
         options: the reweighting's hyper-parameters.
+
+    Raises:
+        ValueError: both have a ``prepare``.
     """
 
     def __init__(
@@ -46,8 +49,14 @@ class Reweighted:
         )
         self.__signature__ = inspect.Signature(everyone)
         self.__name__ = getattr(objective, "__name__", type(objective).__name__)
-        # a weight that comes from the model or from another's row is not known before the forward
-        self.declaration = replace(declaration, token_local=False, model_weight=True)
+        prepare = getattr(getattr(reweighting, "reweighting", None), "prepare", None)
+        if prepare is not None and declaration.prepare is not None:
+            raise ValueError(
+                f"objective {self.__name__!r} and its reweight both prepare numbers of the whole step; leave one out."
+            )
+        changes = {} if prepare is None else {"prepare": prepare, "prepare_if": None}
+        # its weight may come from the model, and is not known before the forward
+        self.declaration = replace(declaration, token_local=False, model_weight=True, **changes)
 
     def __call__(self, **given: Any) -> Loss:
         found = self._objective(**{name: given[name] for name in self._own if name in given})

@@ -97,7 +97,8 @@ def _show_function(name: str, function: Callable[..., Any]) -> None:
 def bindings(function: Callable[..., Any]) -> dict[str, str]:
     """Where each positional parameter's values come from."""
     read = signature(function)
-    prepares = getattr(getattr(function, "declaration", None), "prepare", None) is not None
+    declared = getattr(function, "declaration", None) or getattr(function, "reweighting", None)
+    prepares = getattr(declared, "prepare", None) is not None
     found: dict[str, str] = {}
     for name in (*read.required, *read.optional):
         if name == "loss" and hasattr(function, "reweighting"):

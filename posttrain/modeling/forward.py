@@ -119,12 +119,6 @@ def _score(
 ) -> VocabOutput:
     """Selects the positions and runs the kernels where the head's parameters are whole."""
     selected = _at_targets(last_hidden, request)
-    for layer, states in between.items():
-        if last_hidden.requires_grad and not states.requires_grad and model.is_gradient_checkpointing:
-            raise ValueError(
-                f"the hidden states of layer {layer} come without a gradient out of reentrant checkpointing; set "
-                "trainer.gradient_checkpointing_kwargs to {use_reentrant: false}."
-            )
     chosen = {layer: _at_targets(states, request) for layer, states in between.items()}
 
     def compute(hidden: Tensor, head: LMHead) -> dict[str, Any]:

@@ -111,17 +111,21 @@ class Reweighting:
     Args:
         formula: one line of plain text.
         paper: identifier and equation.
+        prepare: as in `Declaration`, but for hyper-parameters, of which it has none.
     """
 
     formula: str
     paper: str
+    prepare: Callable[..., dict[str, Tensor]] | None = None
 
 
-def declare_reweighting(*, formula: str, paper: str) -> Callable[[Function], Function]:
+def declare_reweighting(
+    *, formula: str, paper: str, prepare: Callable[..., dict[str, Tensor]] | None = None
+) -> Callable[[Function], Function]:
     """Attach a `Reweighting` to a function as ``function.reweighting``; its name then works under ``reweight:``."""
 
     def attach(function: Function) -> Function:
-        function.reweighting = Reweighting(formula, paper)  # type: ignore[attr-defined]
+        function.reweighting = Reweighting(formula, paper, prepare)  # type: ignore[attr-defined]
         return function
 
     return attach

@@ -1,0 +1,77 @@
+"""Published settings by name."""
+
+import re
+
+import pytest
+
+from posttrain import objectives
+from posttrain.cli import main
+from posttrain.combination import Constraint, parse
+from posttrain.presets import PRESETS, using
+from posttrain.terms import Available, build_terms
+
+ROLES = ("forget", "refusal", "retain", "retain_refusal")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_it_can_be_trained_and_names_its_source(name):
+    parsed = parse({"preset": name})
+    assert parsed == parse(PRESETS[name].objective)
+    available = Available(columns=["teacher_ids"], roles=ROLES, reference=True, needs_role=True)
+    assert len(build_terms(parsed.terms, available)) == len(PRESETS[name].terms)
+    assert re.search(r"arXiv:\d{4}\.\d{5}", PRESETS[name].source)
+
+
+def test_every_objective_of_the_family_is_published_somewhere():
+    assert [name for name in objectives.families()["unlearning"] if not using(name)] == []
+
+
+def test_the_settings_of_satimp_disagree():
+    found = {}
+    for name, _ in using("satimp"):
+        forget, retain = parse({"preset": name}).terms
+        found[name] = (forget["beta1"], forget["beta2"], forget["weight"], retain["weight"])
+    assert found == {
+        "satimp_yaml": (5.0, 1.0, 0.1, 1.0),
+        "satimp_readme": (5.0, 1.0, 1.0, 0.1),
+        "satimp_author": (5.0, 0.1, 1.0, 0.1),
+    }
+
+
+def test_pdu_s_constraint():
+    expected = Constraint(epsilon=0.3, step=5.0, initial=100.0, warmup_epochs=5)
+    assert parse({"preset": "pdu"}).combination.constraint == expected
+
+
+def test_what_stands_beside_the_name_replaces_that_part():
+    parsed = parse({"preset": "npo", "retain": {"name": "kl"}, "combine": {"sum": {"retain": 3.0}}})
+    assert [term["name"] for term in parsed.terms] == ["npo", "kl"]
+    assert [term["weight"] for term in parsed.terms] == [1.0, 3.0]
+    assert [term["name"] for term in parse({"preset": "npo"}).terms] == ["npo", "nll"]
+
+
+def test_an_unknown_preset_is_refused_by_the_nearest_name():
+    with pytest.raises(ValueError, match="did you mean 'simnpo'"):
+        parse({"preset": "simpno"})
+    with pytest.raises(ValueError, match=r"did you mean 'objective\.forget'"):
+        parse({"preset": "npo", "forgets": "nll"})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_show_prints_the_setting(name, capsys):
+    assert main(["show", name]) == 0
+    printed = capsys.readouterr().out
+    assert PRESETS[name].source in printed and f"{{preset: {name}}}" in printed
+    assert all(f"name: {term}" in printed for term in PRESETS[name].terms)
+
+
+def test_list_and_show_know_reweightings_and_presets(capsys):
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    for name in (*PRESETS, *objectives.reweightings()):
+        assert re.search(rf"^  {name} ", printed, re.MULTILINE), name
+    assert main(["show", "satimp"]) == 0
+    assert "satimp_yaml, satimp_readme, satimp_author" in capsys.readouterr().out
+    assert main(["show", "loreun_static"]) == 0
+    printed = capsys.readouterr().out
+    assert "statistic of the reference" in printed and "reweight:" in printed
