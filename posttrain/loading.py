@@ -20,6 +20,7 @@ from posttrain.assets import tiny_base_path
 from posttrain.config import DataSource, EvaluationConfig, EvaluationSource, ModelConfig, RunConfig, TokenizerConfig
 from posttrain.data import binary_formats, formats, preference_formats, sources
 from posttrain.data.sources import Rows
+from posttrain.modeling import logit_difference as _registered  # noqa: F401  (a model type that loads by its folder)
 from posttrain.suggest import unknown
 
 logger = logging.getLogger(__name__)

@@ -222,11 +222,8 @@ def _on_main_process(run: Run, load: ModelConfig | None) -> Report | None:
     report = None
     if accelerator.is_main_process:
         with unsharded(run.args):
-            if load is not None:
-                model = _placed(load_model(load), accelerator.device)
-            else:
-                # without the wrapper that mixed precision put around forward, as the saved model will run
-                model = accelerator.unwrap_model(run.trainer.model, keep_fp32_wrapper=False)
+            loaded = None if load is None else _placed(load_model(load), accelerator.device)
+            model = run.trainer.deployed_model() if loaded is None else loaded
             report = _report(model, run.tokenizer, run.sources, run.config)
             del model
     accelerator.wait_for_everyone()

@@ -74,6 +74,8 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
         raise ValueError(f"shared_prefix is {config.shared_prefix!r}; give auto, true or false.")
     if config.shared_prefix is True and config.method != "preference":
         raise ValueError(f"shared_prefix is true, and method {config.method} has no pairs; leave it at auto.")
+    if config.assistant is not None and config.method != "unlearning":
+        raise ValueError(f"assistant is set, and method {config.method} trains the model itself; take it out.")
     for name in ("train", "eval", "forget", "retain", "refusal"):
         source: DataSource | None = getattr(config.data, name)
         if source is not None:

@@ -9,7 +9,7 @@ import yaml
 
 from posttrain.config.annotation import AnnotationConfig
 from posttrain.config.inputs import DataConfig, EvaluationSource, ModelConfig, TokenizerConfig
-from posttrain.config.unlearning import AuditConfig, MuseConfig, TofuConfig
+from posttrain.config.unlearning import AssistantConfig, AuditConfig, MuseConfig, TofuConfig
 
 # What must not be written beside the results.
 SECRET_KEYS = frozenset({"hub_token", "push_to_hub_token", "token"})
@@ -175,6 +175,7 @@ class RunConfig:
         peft: None, or keys of ``peft.LoraConfig`` (of another class where ``peft_type`` names one).
         reference: ``auto``, ``cached``, ``adapter_off``, ``model`` or ``none``.
         reference_model: None takes the model as it is before training.
+        assistant: None, or that an assistant is trained whose logits are taken off the model's; unlearning only.
         shared_prefix: ``auto``, true or false: a pair in one row behind its prompt, for ``method: preference``.
         resume: true continues from the output folder's last checkpoint, a path from that checkpoint.
         overwrite: an earlier run's files in the output folder may be replaced.
@@ -191,6 +192,7 @@ class RunConfig:
     peft: dict[str, Any] | None = None
     reference: str = "auto"
     reference_model: ModelConfig | None = None
+    assistant: AssistantConfig | None = None
     shared_prefix: bool | str = "auto"
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     annotation: AnnotationConfig = field(default_factory=AnnotationConfig)

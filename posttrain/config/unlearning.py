@@ -1,4 +1,4 @@
-"""``evaluation.tofu:``, ``evaluation.muse:`` and ``evaluation.audit:``: what unlearning is measured on."""
+"""What unlearning is measured on (``evaluation.tofu:``, ``muse:``, ``audit:``), and ``assistant:``."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,6 +9,24 @@ from posttrain.config.inputs import DataSource, ModelConfig
 
 # Keys of ``evaluation`` that are suites of unlearning.
 SUITES = ("tofu", "muse", "audit")
+
+
+@dataclass(kw_only=True)
+class AssistantConfig:
+    """``assistant:``: train an assistant instead of the model, for its logits to be taken off the model's.
+
+    Unlearning from logit difference (arXiv:2406.08607): the assistant learns what is to be forgotten and nothing of
+    what is to stay, so the objective is the other way round. What is saved is the model with its assistant.
+
+    Args:
+        layers: of the model, that the assistant begins as.
+        alpha: weight of the assistant's logits.
+        filter: share of the model's likeliest tokens beyond which the assistant's logits count as 0; 0 for none.
+    """
+
+    layers: int = 8
+    alpha: float = 0.8
+    filter: float = 0.01
 
 
 @dataclass(kw_only=True)

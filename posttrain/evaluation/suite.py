@@ -150,19 +150,17 @@ def evaluate(
     plan = _Plan(tuple(metrics), sampling, sizes, max_length, resamples, level, progress, backend, checkpoint)
     results: dict[str, SourceReport] = {}
     options: dict[str, Any] = {"batch_size": batch_size, "resamples": resamples, "level": level, "seed": seed}
-    benchmarks: dict[str, Any] = {}
     for name, source in sources.items():
         if isinstance(source, HarnessTask):
             results[name] = run(model, tokenizer, source, **options)
         elif isinstance(source, Benchmark):
             results |= source.run(model, tokenizer, **options, progress=progress)
-            benchmarks[name] = source.settings
         else:
             rows = source if isinstance(source, Source) else Source(source)
             results[name] = _evaluate_source(model, tokenizer, name, rows, plan)
-    settings = {"metrics": list(metrics), **asdict(sampling), "k": list(plan.k), "max_length": max_length}
-    settings["backend"] = backend
-    return Report({**settings, "resamples": resamples, "level": level, **benchmarks}, results)
+    benchmarks = {name: source.settings for name, source in sources.items() if isinstance(source, Benchmark)}
+    settings = {**asdict(sampling), "k": list(plan.k), "max_length": max_length, "backend": backend}
+    return Report({"metrics": list(metrics), **settings, **options, **benchmarks}, results)
 
 
 def _evaluate_source(

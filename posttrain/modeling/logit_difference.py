@@ -86,7 +86,7 @@ class PairedCache(DynamicCache):
         super().reset()
         self.assistant.reset()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self.assistant.reorder_cache(beam_idx)
 
@@ -149,7 +149,7 @@ class LogitDifferenceModel(PreTrainedModel, GenerationMixin):
         return model.train(base.training)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()  # type: ignore[no-any-return]
+        return self.base.get_input_embeddings()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -214,7 +214,8 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
         text.layer_types = text.layer_types[:layers]
     # what the new weights would be is drawn in vain
     with torch.random.fork_rng(devices=[]):
-        short = type(model)(config).to(model.device, model.dtype)
+        short: PreTrainedModel = type(model)(config)
+    nn.Module.to(short, model.device, model.dtype)
     whole = model.state_dict()
     short.load_state_dict({name: whole[name] for name in short.state_dict()})
     short.generation_config = copy.deepcopy(model.generation_config)

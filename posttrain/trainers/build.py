@@ -1,5 +1,6 @@
 """A configuration's trainer."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from posttrain.data.refusals import read_refusals
 from posttrain.loading import load_model, load_rows
 from posttrain.sharding import unsharded
 from posttrain.trainers.binary_feedback import BinaryFeedbackTrainer
+from posttrain.trainers.logit_difference import LogitDifferenceTrainer
 from posttrain.trainers.preference import PreferenceTrainer
 from posttrain.trainers.supervised import SupervisedTrainer
 from posttrain.trainers.unlearning import UnlearningTrainer
@@ -31,6 +33,8 @@ def rows(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
             raise ValueError("data.train is missing; name a path or a task to train on.")
         found = {"train_dataset": _load(config, "train", tokenizer), "eval_dataset": _load(config, "eval", tokenizer)}
         return found
+    if config.reference_model is not None:
+        raise ValueError("reference_model is set, and unlearning compares with the model itself before; take it out.")
     if config.data.forget is None:
         raise ValueError("data.forget is missing; name the rows to forget.")
     return {
@@ -63,12 +67,15 @@ def build(config: RunConfig, args: Any, tokenizer: Any, data: Mapping[str, Any])
             frozen["teacher"] = load_model(config.teacher, key="teacher")
     if config.method != "supervised":
         frozen["reference"] = config.reference
-        if config.reference_model is not None and config.method != "unlearning":
+        if config.reference_model is not None:
             frozen["ref_model"] = load_model(config.reference_model, key="reference_model")
+    trainer = TRAINERS[config.method]
+    if config.assistant is not None:
+        trainer, frozen = LogitDifferenceTrainer, {**frozen, **dataclasses.asdict(config.assistant)}
     if config.method == "preference":
         frozen["diagnostics"] = config.diagnostics
         frozen["shared_prefix"] = config.shared_prefix
-    return TRAINERS[config.method](
+    return trainer(
         model=load_model(config.model),
         args=args,
         **data,

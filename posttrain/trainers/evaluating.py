@@ -67,6 +67,10 @@ class EvaluationMixin(Host):
                 self._evaluated_apart.append(self._waiting(*apart))
         return torch.zeros((), device=inputs["input_ids"].device), logits, labels
 
+    def deployed_model(self) -> Any:
+        """What the run gives away: its model without the wrapper that mixed precision put around forward."""
+        return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
     def _waiting(self, computed: Computed, side: Side) -> tuple[Computed, Side]:
         """On the CPU, where the whole set's statistics wait for its quantiles and counts."""
         computed, side = self._without_repeats(computed, side)
