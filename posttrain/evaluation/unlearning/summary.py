@@ -32,6 +32,7 @@ def summarise(
     _forget_quality(measured, retain, found)
     for mean in metrics.MEANS:
         _model_utility(measured, mean, found)
+        _balance(mean, found)
     _membership(measured, retain, reference, found)
 
 
@@ -71,6 +72,20 @@ def _model_utility(measured: Mapping[str, Measured], mean: str, found: Findings)
             return
         sets.append(np.stack([measured[data_set].values[part] for part in parts], axis=1))
     found.number(name, utility(sets, found.interval))
+
+
+def _balance(mean: str, found: Findings) -> None:
+    """Harmonic mean of model utility and of 1 - the distance to the retain model: one number to choose settings by.
+
+    The p-value serves less: it falls to nothing long before a model is far from the retain model.
+    """
+    name, parts = f"balance_{mean}", (f"forget_ks_{mean}", f"model_utility_{mean}")
+    missing = next((part for part in parts if part in found.left_out), None)
+    if missing is not None:
+        found.left_out[name] = f"{missing}: {found.left_out[missing]}"
+        return
+    distance, kept = (found.measures[part].estimate.value for part in parts)
+    found.number(name, float(metrics.harmonic_mean([1 - distance, kept])), found.rows)
 
 
 def _membership(

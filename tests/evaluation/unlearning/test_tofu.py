@@ -13,6 +13,8 @@ from posttrain.config import DataSource, ModelConfig, TofuConfig, TokenizerConfi
 from posttrain.evaluation import comparison_table, evaluate
 from posttrain.evaluation.unlearning import TofuSuite, read_questions
 from posttrain.evaluation.unlearning.build import tofu_suite
+from posttrain.evaluation.unlearning.findings import Findings, Interval
+from posttrain.evaluation.unlearning.summary import _balance
 from posttrain.loading import load_model, load_tokenizer
 from tests import tiny
 
@@ -88,7 +90,7 @@ def test_every_metric_of_every_data_set_is_there(report) -> None:
     assert {name: set(one.measures) for name, one in report.sources.items()} == {
         "tofu": {
             *(f"forget_{what}_{mean}" for what in ("quality", "ks") for mean in ("geometric", "arithmetic")),
-            *(f"model_utility_{mean}" for mean in ("geometric", "arithmetic")),
+            *(f"{what}_{mean}" for what in ("model_utility", "balance") for mean in ("geometric", "arithmetic")),
             *(f"mia_{attack}_auc" for attack in ("loss", "min_k", "min_k_plus_plus", "zlib", "reference")),
             "privleak",
             "privleak_to_half",
@@ -121,6 +123,26 @@ def test_model_utility_is_made_of_the_nine_that_are_reported(report) -> None:
             parts += [value(report, f"tofu_{name}/{metric}") for metric in ("rouge_l_recall", f"truth_ratio_{mean}")]
         expected = 0.0 if min(parts) <= 0 else 9 / sum(1 / part for part in parts)
         assert value(report, f"tofu/model_utility_{mean}") == pytest.approx(expected)
+
+
+def test_balance_is_the_harmonic_mean_of_nearness_to_the_retain_model_and_utility() -> None:
+    found = Findings(10, "", Interval(10, 0.9, 0))
+    found.number("forget_ks_geometric", 0.25)
+    found.number("model_utility_geometric", 0.5)
+    _balance("geometric", found)
+    assert found.measures["balance_geometric"].estimate.value == pytest.approx(2 / (1 / 0.75 + 1 / 0.5))
+    found.left_out["forget_ks_arithmetic"] = "no model"
+    _balance("arithmetic", found)
+    assert found.left_out["balance_arithmetic"] == "forget_ks_arithmetic: no model"
+
+
+def test_the_truth_ratio_is_aggregated_by_the_side_a_row_is_on(report) -> None:
+    for source in report.sources:
+        for item in report.sources[source].items:
+            for mean in ("geometric", "arithmetic") if source != "tofu_holdout" else ():
+                ratio = np.exp(item[f"log_truth_ratio_{mean}"])
+                expected = min(ratio, 1 / ratio) if source == "tofu_forget" else max(0, 1 - ratio)
+                assert item[f"truth_ratio_{mean}"] == pytest.approx(expected)
 
 
 def test_probability_is_that_of_the_answer_with_its_end(memorised, report) -> None:
