@@ -23,7 +23,7 @@ _DATA_KEYS = ("train", "eval", "evaluation")
 # What says which objective it is; unlearning has a preset, or a forget term among others.
 _NAMED_BY = ("name", "preset", "forget")
 # Parts of `evaluation` that bring rows of their own.
-_SUITES = ("harness", "tofu", "muse")
+_SUITES = ("harness", "tofu", "muse", "audit")
 
 
 @dataclass(frozen=True)
