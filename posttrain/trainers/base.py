@@ -1,7 +1,7 @@
 """The shared way from a micro-batch to a loss: statistics -> objective -> reduction -> metrics."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -129,16 +129,22 @@ class ObjectiveMixin(EvaluationMixin, StatesInCheckpoints):
     _prepares_apart = False
 
     def _statistics(
-        self, model: nn.Module, inputs: dict[str, Any], one_pass: StepCounts | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        one_pass: StepCounts | None = None,
+        groups: Mapping[KernelOptions, tuple[str, ...]] | None = None,
     ) -> tuple[Computed, Side, Any]:
         """Run the wrapped model's forward; the kernel runs inside it, where sharded parameters can be read.
 
-        With the step's counts as ``one_pass`` it also forms the gradients, and the statistics are detached.
+        With the step's counts as ``one_pass`` it also forms the gradients, and the statistics are detached. ``groups``
+        are what all terms ask for unless given.
         """
         side: Side = inputs["side"]
+        groups = self._groups if groups is None else groups
         model_inputs = {key: value for key, value in inputs.items() if key not in NOT_FOR_MODEL}
         reference, teacher = self._frozen(model, model_inputs, side)
-        groups = tuple(
+        kernel_groups = tuple(
             StatisticsGroup(
                 wanted=wanted,
                 temperature=options.temperature,
@@ -146,24 +152,24 @@ class ObjectiveMixin(EvaluationMixin, StatesInCheckpoints):
                 jsd_beta=options.jsd_beta,
                 ids=side.token_columns.get("teacher_ids") if "ids_logp" in wanted else None,
             )
-            for options, wanted in self._groups.items()
+            for options, wanted in groups.items()
         )
         request = VocabRequest(
             target_index=side.target_index,
             targets=side.targets,
-            groups=groups,
+            groups=kernel_groups,
             teacher=teacher,
             backend=self.kernel.backend,
             gradient_tolerance=self.kernel.gradient_tolerance,
             budget=self.kernel.budget,
         )
         if one_pass is not None:
-            request = in_one_pass(request, tuple(self._groups), self.terms, one_pass, side)
+            request = in_one_pass(request, tuple(groups), self.terms, one_pass, side)
         outputs = model(**model_inputs, vocab_request=request)
-        answers = outputs.statistics if one_pass is None else read(outputs.statistics[0], tuple(self._groups))
+        answers = outputs.statistics if one_pass is None else read(outputs.statistics[0], tuple(groups))
         computed = {
-            options: {name: statistics[name] for name in self._groups[options]} | dict(reference.get(options, {}))
-            for options, statistics in zip(self._groups, answers, strict=True)
+            options: {name: statistics[name] for name in groups[options]} | dict(reference.get(options, {}))
+            for options, statistics in zip(groups, answers, strict=True)
         }
         return computed, side, outputs
 

@@ -17,6 +17,7 @@ from posttrain.data.preference_preparation import PROMPT, finish_completions
 from posttrain.data.preparation import AnyDataset, column_names, number_rows, without_truncation
 from posttrain.modeling import attach
 from posttrain.side import Side
+from posttrain.term import Term
 from posttrain.terms import Available, Objective, build_terms
 from posttrain.trainers import trl_adapter
 from posttrain.trainers.base import ObjectiveMixin
@@ -62,6 +63,7 @@ class ReferencedMixin(ObjectiveMixin):
             raise ValueError("train_dataset is missing; pass a datasets.Dataset or IterableDataset.")
         check_kind(reference)
         terms = build_terms(objective or self.default_objective, self._available(train_dataset, reference))
+        self._check_terms(terms, args)
         kernel = kernel_config(kernel)
         check_kernel(kernel, terms, args.device)
         needs = Needs(reference_groups(terms), needs_vocabulary(terms))
@@ -76,7 +78,11 @@ class ReferencedMixin(ObjectiveMixin):
         kind = self._reference_kind(reference, needs, args, fresh_adapter or isinstance(model, PeftModel), ref_model)
         if kind == "model" and ref_model is None:
             ref_model = copy.deepcopy(model)  # type: ignore[assignment]
-        with trl_adapter.hidden_head_adapter(model), trl_adapter.without_reference_model(type(self)):
+        with (
+            trl_adapter.hidden_head_adapter(model),
+            trl_adapter.without_reference_model(type(self)),
+            trl_adapter.without_mismatched_completions(args),
+        ):
             construct: Any = super().__init__
             construct(
                 model=model,
@@ -111,6 +117,9 @@ class ReferencedMixin(ObjectiveMixin):
             needs_role="" not in self.roles,
         )
 
+    def _check_terms(self, terms: Sequence[Term], args: Any) -> None:
+        """Refuse objectives that the trainer cannot serve under these arguments."""
+
     def _check_data(self, args: Any, train_dataset: AnyDataset, eval_dataset: Any) -> None:
         evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         for name, dataset in evaluated.items():
@@ -123,6 +132,11 @@ class ReferencedMixin(ObjectiveMixin):
         streams = [isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated.values())]
         if any(streams):
             args.accelerator_config.dispatch_batches = False
+        if args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "trainer.accelerator_config.dispatch_batches is true, and batches hold columns of several lengths that "
+                "one process cannot cut up for the others; set it to false."
+            )
         if any(streams[1:]) and args.world_size > 1:
             raise ValueError(
                 f"data.eval is streamed and there are {args.world_size} processes, between which a stream fills up "
@@ -164,7 +178,9 @@ class ReferencedMixin(ObjectiveMixin):
     def _prepare_dataset(self, dataset: AnyDataset, processing_class: Any, args: Any, dataset_name: str) -> AnyDataset:
         """TRL tokenises; cutting and skipping are ours, so that side columns come along and nothing goes silently."""
         prepare: Any = super()._prepare_dataset  # type: ignore[misc]
-        tokenized = prepare(number_rows(dataset), processing_class, without_truncation(args), dataset_name)
+        # by the name "train" TRL's KTO would advise on weights that its own loss has
+        name = "training" if dataset_name == "train" else dataset_name
+        tokenized = prepare(number_rows(dataset), processing_class, without_truncation(args), name)
         return finish_completions(
             tokenized,
             name=dataset_name,

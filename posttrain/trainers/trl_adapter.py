@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from trl import KTOConfig
 from trl.trainer.utils import create_model_from_path
 
 from posttrain.data.collation import CompletionCollator
@@ -91,6 +92,22 @@ def without_reference_model(trainer: type) -> Iterator[None]:
         yield
     finally:
         module.create_model_from_path = original
+
+
+@contextmanager
+def without_mismatched_completions(args: Any) -> Iterator[None]:
+    """While TRL's constructor runs, its loss is the one that needs none.
+
+    KTO's would bake a partner into each row by fixed batches, and refuse single rows and other orders than the data's.
+    """
+    if not isinstance(args, KTOConfig):
+        yield
+        return
+    original, args.loss_type = args.loss_type, "apo_zero_unpaired"
+    try:
+        yield
+    finally:
+        args.loss_type = original
 
 
 def refuse_parallelism(accelerator: Any) -> None:
