@@ -169,6 +169,8 @@ class RunConfig:
         peft: None, or keys of ``peft.LoraConfig`` (of another class where ``peft_type`` names one).
         reference: ``auto``, ``cached``, ``adapter_off``, ``model`` or ``none``.
         reference_model: None takes the model as it is before training.
+        reference_cache: folder for the log-probabilities of ``reference: cached``; None keeps them beside the data set's
+            own cache files, or in ``trainer.output_dir``.
         shared_prefix: ``auto``, true or false: a pair in one row behind its prompt, for ``method: preference``.
         resume: true continues from the output folder's last checkpoint, a path from that checkpoint.
         overwrite: an earlier run's files in the output folder may be replaced.
@@ -185,6 +187,7 @@ class RunConfig:
     peft: dict[str, Any] | None = None
     reference: str = "auto"
     reference_model: ModelConfig | None = None
+    reference_cache: str | None = None
     shared_prefix: bool | str = "auto"
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     annotation: AnnotationConfig = field(default_factory=AnnotationConfig)

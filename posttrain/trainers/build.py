@@ -30,7 +30,7 @@ def build(config: RunConfig, args: Any, tokenizer: Any, train_rows: Any, eval_ro
         if config.teacher is not None:
             frozen["teacher"] = load_model(config.teacher, key="teacher")
     if config.method != "supervised":
-        frozen["reference"] = config.reference
+        frozen["reference"], frozen["reference_cache"] = config.reference, config.reference_cache
         if config.reference_model is not None:
             frozen["ref_model"] = load_model(config.reference_model, key="reference_model")
     if config.method == "preference":

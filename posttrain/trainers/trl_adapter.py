@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import KTOConfig
+from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
 from posttrain.data.collation import CompletionCollator
@@ -179,6 +180,31 @@ def hidden_head_adapter(model: Any) -> Iterator[None]:
         yield
     finally:
         object.__delattr__(model, "get_output_embeddings")
+
+
+def drop_copied_adapter(model: Any) -> None:
+    """Remove ``ref``, the copy that TRL keeps of an adapter it takes for a trained one, where none is needed."""
+    if isinstance(model, PeftModel) and "ref" in model.peft_config:
+        model.delete_adapter("ref")
+
+
+@contextmanager
+def placed(trainer: Any) -> Iterator[Any]:
+    """The trainer's model on its device; before training under DeepSpeed in an engine of its own for that while."""
+    if trainer.model_wrapped is not trainer.model or not trainer.is_deepspeed_enabled:
+        yield trainer.model_wrapped
+        return
+    engine = prepare_deepspeed(trainer.model, trainer.accelerator)
+    try:
+        yield engine
+    finally:
+        end_engine(engine)
+
+
+def end_engine(model: Any) -> None:
+    """Take the hooks of a DeepSpeed engine off the model inside."""
+    if hasattr(model, "destroy"):
+        model.destroy()
 
 
 def own_collator(theirs: Any, columns: tuple[str, ...], vocab_size: int) -> CompletionCollator:
