@@ -5,6 +5,9 @@ LOWER_IS_BETTER = frozenset(
         "nll",
         "perplexity",
         "expected_calibration_error",
+        "margin_brier_score",
+        "margin_calibration_error",
+        "margin_nll",
         # of lm-evaluation-harness
         "word_perplexity",
         "byte_perplexity",
@@ -16,8 +19,8 @@ LOWER_IS_BETTER = frozenset(
         "pct_stereotype",
     }
 )
-# Neither way: a model may be too sure or too unsure.
-NO_DIRECTION = frozenset({"entropy"})
+# Neither way: a model may be too sure or too unsure, a margin too small or too large.
+NO_DIRECTION = frozenset({"entropy", "logratio_margin", "rejected_logp_change"})
 
 
 def direction(metric: str) -> int:

@@ -102,6 +102,8 @@ class EvaluationConfig:
     Args:
         data: None takes ``data.eval``.
         harness: tasks of lm-evaluation-harness; ``metrics``, ``samples`` and what else concerns sampling is not theirs.
+        metrics: kinds of metric, see `posttrain.evaluation.evaluate`; None takes ``generation`` and ``likelihood``, and
+            for preference and binary feedback ``preference`` too.
         backend: what samples: ``transformers``, or ``vllm`` (where installed) under ``posttrain evaluate``.
         before: ``train`` evaluates the base as well, for the before/after table.
         every: ``train`` also evaluates after every so many optimizer steps, into ``evaluation_step_N.json``.
@@ -110,7 +112,7 @@ class EvaluationConfig:
     data: list[EvaluationSource] | None = None
     harness: HarnessConfig | None = None
     backend: str = "transformers"
-    metrics: list[str] = field(default_factory=lambda: ["generation", "likelihood"])
+    metrics: list[str] | None = None
     samples: int = 8
     k: list[int] = field(default_factory=lambda: [1, 8])
     temperature: float = 1.0
