@@ -56,18 +56,21 @@ class DiagnosticsConfig:
     Args:
         patience: evaluations in a row at which the chosen completions may become less likely before a warning.
         entanglement_batches: of the evaluation data, on which the gradients of the chosen and of the rejected
-            log-probability are compared; each costs two backward passes. 0 leaves it out.
+            log-probability are compared; each costs two backward passes and two gradients' memory. 0 leaves it out;
+            null takes 2 where these gradients fit into a sixteenth of the memory.
 
     Raises:
         ValueError: a value that is no whole number of at least 0.
     """
 
     patience: int = 3
-    entanglement_batches: int = 2
+    entanglement_batches: int | None = None
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
+            if value is None and item.default is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"diagnostics.{item.name} is {value!r}; give a whole number of at least 0.")
 
@@ -171,8 +174,8 @@ class RunConfig:
         peft: None, or keys of ``peft.LoraConfig`` (of another class where ``peft_type`` names one).
         reference: ``auto``, ``cached``, ``adapter_off``, ``model`` or ``none``.
         reference_model: None takes the model as it is before training.
-        reference_cache: folder for the log-probabilities of ``reference: cached``; None keeps them beside the data set's
-            own cache files, or in ``trainer.output_dir``.
+        reference_cache: folder for the log-probabilities of ``reference: cached``; None keeps them beside the data
+            set's own cache files, or in ``trainer.output_dir``.
         shared_prefix: ``auto``, true or false: a pair in one row behind its prompt, for ``method: preference``.
         resume: true continues from the output folder's last checkpoint, a path from that checkpoint.
         overwrite: an earlier run's files in the output folder may be replaced.

@@ -33,6 +33,8 @@ class ReferencedMixin(ReferenceHandling, ObjectiveMixin):
 
     # ("chosen", "rejected"), or ("",) for completions without a role
     roles: ClassVar[Sequence[str]]
+    # columns that go along where they are, though no objective binds them
+    watched: ClassVar[tuple[str, ...]] = ()
     # roles of sequences that only `prepare` reads
     extra_roles: ClassVar[Sequence[str]] = ()
     config_class: ClassVar[Any]
@@ -64,8 +66,7 @@ class ReferencedMixin(ReferenceHandling, ObjectiveMixin):
         kernel = kernel_config(kernel)
         check_kernel(kernel, terms, args.device)
         needs = reference_needs(terms, self.extra_roles)
-        bound = (name for term in terms for name in term.all_columns)
-        self._columns = tuple(dict.fromkeys((*bound, *self._watched_columns())))
+        self._columns = tuple(dict.fromkeys(name for term in terms for name in term.all_columns))
         self._check_data(args, train_dataset, eval_dataset)
         trl_adapter.refuse_prompt_learning(model, peft_config)
         here = circumstances(args, train_dataset, eval_dataset, model, ref_model, peft_config)
@@ -142,10 +143,6 @@ class ReferencedMixin(ReferenceHandling, ObjectiveMixin):
                 "with repeated rows that would count twice; set data.eval.streaming to false."
             )
 
-    def _watched_columns(self) -> tuple[str, ...]:
-        """Columns that go along though no objective binds them."""
-        return ()
-
     def _collator(self) -> Any:
         raise NotImplementedError
 
@@ -163,6 +160,7 @@ class ReferencedMixin(ReferenceHandling, ObjectiveMixin):
             name=dataset_name,
             completions=self._completions(),
             columns=self._columns,
+            watched=self.watched,
             max_length=args.max_length,
             truncation_mode=getattr(args, "truncation_mode", "keep_start"),
         )
@@ -170,7 +168,7 @@ class ReferencedMixin(ReferenceHandling, ObjectiveMixin):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            names = [PROMPT, ROW_NUMBER, *self._columns]
+            names = [PROMPT, ROW_NUMBER, *self._columns, *self.watched]
             for role, completion in zip(self.roles, self._completions(), strict=True):
                 prefix = f"{role}_" if role else ""
                 names += [f"{completion}_ids", prefix + REFERENCE_SUM, prefix + REFERENCE_TOKENS]
