@@ -111,6 +111,7 @@ def train(config: RunConfig) -> Outcome:
     run.trainer.train(resume_from_checkpoint=run.checkpoint)
     resources.stop()
     run.trainer.save_model()
+    run.trainer.create_model_card(model_name=run.folder.name)
     after = _evaluate_trained(run) if run.sources else None
     paths = {"model": run.folder, "metrics": metrics}
     if state.is_main_process:

@@ -15,6 +15,7 @@ from posttrain.objectives import Loss
 from posttrain.reduction import StepCounts, divide, weighted_sum
 from posttrain.side import Side
 from posttrain.term import KernelOptions, Term
+from posttrain.trainers.card import card_of
 from posttrain.trainers.checkpoints import StatesInCheckpoints
 from posttrain.trainers.coupling import (
     Computed,
@@ -44,6 +45,7 @@ class ObjectiveMixin(EvaluationMixin, StatesInCheckpoints):
     loss_is_scaled_for_ga = True
     aux_loss_enabled: bool = False
     router_aux_loss_coef: float = 0.0
+    _paper: dict[str, str]
 
     def _start_objective(self, terms: Sequence[Term], kernel: KernelConfig) -> None:
         self.terms, self.kernel = tuple(terms), kernel
@@ -53,6 +55,7 @@ class ObjectiveMixin(EvaluationMixin, StatesInCheckpoints):
         self._reference_groups = reference_groups(self.terms)
         self._counted = tuple(dict.fromkeys(("tokens", *(term.denominator for term in self.terms))))
         self.states = States(self.terms)
+        self._name, self._paper = card_of(self.terms)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._evaluated, self._evaluated_apart = None, []
         self._head_checked = False
