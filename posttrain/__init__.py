@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.objectives import Loss, declare
-    from posttrain.trainers import PreferenceTrainer, SupervisedTrainer
+    from posttrain.trainers import BinaryFeedbackTrainer, PreferenceTrainer, SupervisedTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["Loss", "PreferenceTrainer", "SupervisedTrainer", "declare"]
+__all__ = ["BinaryFeedbackTrainer", "Loss", "PreferenceTrainer", "SupervisedTrainer", "declare"]
 
 _HOMES = {
+    "BinaryFeedbackTrainer": "posttrain.trainers",
     "PreferenceTrainer": "posttrain.trainers",
     "SupervisedTrainer": "posttrain.trainers",
     "Loss": "posttrain.objectives",

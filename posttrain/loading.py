@@ -18,7 +18,7 @@ from transformers import (
 
 from posttrain.assets import tiny_base_path
 from posttrain.config import DataSource, EvaluationConfig, EvaluationSource, ModelConfig, RunConfig, TokenizerConfig
-from posttrain.data import binary_formats, formats, preference_formats, sources
+from posttrain.data import binary_formats, formats, preference_formats, procedural_preferences, sources
 from posttrain.data.sources import Rows
 from posttrain.modeling import logit_difference as _registered  # noqa: F401  (a model type that loads by its folder)
 from posttrain.suggest import unknown
@@ -144,7 +144,7 @@ def load_rows(
     training: bool = True,
     method: str = "supervised",
 ) -> Rows:
-    """A source's rows in a form that training by a method (or evaluation, of any) reads.
+    """A source's rows in a form that training by a method, or evaluation after it, reads.
 
     Raises:
         ValueError: as in `posttrain.data.sources.load` and `prepare` of the method's formats.
@@ -157,7 +157,8 @@ def load_rows(
         "key": key,
     }
     pairs: dict[str, Any] = {"pairs": source.pairs, "inverted": source.inverted, "ties": source.ties}
-    if training and method == "preference":
+    evaluated_pairs = not training and method != "supervised" and preference_formats.holds_pairs(rows, source.format)
+    if evaluated_pairs or (training and method == "preference"):
         rows = preference_formats.prepare(rows, **common, **pairs)
     elif training and method == "binary_feedback":
         rows = binary_formats.prepare(rows, **common, **pairs, shuffle_seed=source.shuffle_seed)
@@ -169,7 +170,10 @@ def load_rows(
 
 
 def load_evaluation_sources(
-    chosen: Iterable[EvaluationSource], tokenizer: PreTrainedTokenizerBase, key: str = "evaluation.data"
+    chosen: Iterable[EvaluationSource],
+    tokenizer: PreTrainedTokenizerBase,
+    key: str = "evaluation.data",
+    method: str = "supervised",
 ) -> Mapping[str, Any]:
     """Name -> `posttrain.evaluation.Source`; a name that is taken gets a number."""
     from posttrain.evaluation import Source, verifiers
@@ -178,17 +182,21 @@ def load_evaluation_sources(
     for index, source in enumerate(chosen):
         if source.verifier not in verifiers.names():
             raise ValueError(unknown(f"{key}.{index}.verifier", source.verifier, verifiers.names()))
-        rows = load_rows(source, tokenizer, key=f"{key}.{index}", training=False)
+        rows = load_rows(source, tokenizer, key=f"{key}.{index}", training=False, method=method)
         wanted = source.label or source.task or Path(str(source.path)).name.partition(".")[0]
         name, number = wanted, 1
         while name in found:
             number += 1
             name = f"{wanted}-{number}"
-        found[name] = Source(rows, task=source.task, verifier=source.verifier)
+        # rows of preference tasks say themselves whose problems they hold
+        task = None if source.task in procedural_preferences.TASKS else source.task
+        found[name] = Source(rows, task=task, verifier=source.verifier)
     return found
 
 
-def load_sources(settings: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any]:
+def load_sources(
+    settings: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, method: str = "supervised"
+) -> Mapping[str, Any]:
     """All that ``evaluation:`` measures on, by name: its data, its suites, its tasks of lm-evaluation-harness.
 
     Raises:
@@ -198,7 +206,7 @@ def load_sources(settings: EvaluationConfig, tokenizer: PreTrainedTokenizerBase)
     """
     from posttrain.evaluation.unlearning.build import benchmarks
 
-    found = dict(load_evaluation_sources(settings.data or (), tokenizer))
+    found = dict(load_evaluation_sources(settings.data or (), tokenizer, method=method))
     suites = benchmarks(settings, tokenizer)
     for suite in suites:
         taken = next((name for name in found if name.partition("_")[0] == suite), None)

@@ -5,6 +5,9 @@ LOWER_IS_BETTER = frozenset(
         "nll",
         "perplexity",
         "expected_calibration_error",
+        "margin_brier_score",
+        "margin_calibration_error",
+        "margin_nll",
         # of lm-evaluation-harness
         "word_perplexity",
         "byte_perplexity",
@@ -19,10 +22,13 @@ LOWER_IS_BETTER = frozenset(
         "forget_ks_arithmetic",
     }
 )
-# Neither way: a model may be too sure or too unsure, and one that stands out by what it has forgotten leaks that.
+# Neither way: a model may be too sure or too unsure, a margin too small or too large, and one that stands out by what
+# it has forgotten leaks that.
 NO_DIRECTION = frozenset(
     {
         "entropy",
+        "logratio_margin",
+        "rejected_logp_change",
         "privleak",
         "privleak_to_half",
         "mia_loss_auc",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from posttrain import run_record
 from posttrain.config import ModelConfig, RunConfig, trainer_config_class
 from posttrain.config.resolve import on_cpu
 from posttrain.config.unlearning import SUITES
-from posttrain.evaluation import Benchmark, HarnessTask, Report, evaluate, harness, plot_pass_at_k
+from posttrain.evaluation import Benchmark, HarnessTask, Report, evaluate, harness, plot_pass_at_k, preference
 from posttrain.loading import load_model, load_sources, load_tokenizer, location
 from posttrain.metrics_log import MetricsLog, plot_curves, read
 from posttrain.resources import Resources
@@ -74,7 +75,7 @@ def prepare(config: RunConfig) -> Run:
     tokenizer = load_tokenizer(config.tokenizer, config.model)
     with PartialState().local_main_process_first():
         data = rows(config, tokenizer)
-        sources = load_sources(config.evaluation, tokenizer)
+        sources = load_sources(config.evaluation, tokenizer, config.method)
     trainer = build(config, args, tokenizer, data)
     run = Run(config, args, tokenizer, trainer, sources, checkpoint)
     _check_evaluation(run)
@@ -104,6 +105,7 @@ def train(config: RunConfig) -> Outcome:
     run.trainer.train(resume_from_checkpoint=run.checkpoint)
     resources.stop()
     run.trainer.save_model()
+    run.trainer.create_model_card(model_name=run.folder.name)
     after = _evaluate_trained(run) if run.sources else None
     paths = {"model": run.folder, "metrics": metrics}
     if state.is_main_process:
@@ -137,7 +139,7 @@ def evaluate_only(config: RunConfig) -> tuple[Report, Mapping[str, Path]] | None
     if not state.is_main_process:
         return None
     tokenizer = load_tokenizer(config.tokenizer, config.model)
-    sources = load_sources(config.evaluation, tokenizer)
+    sources = load_sources(config.evaluation, tokenizer, config.method)
     model = _placed(load_model(config.model), state.device)
     report = _report(model, tokenizer, sources, config, checkpoint=location(config.model.name_or_path))
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,7 +246,15 @@ def _report(
         for item in dataclasses.fields(config.evaluation)
         if item.name not in ("data", "harness", *SUITES, "before", "every")
     }
-    return evaluate(model, tokenizer, sources, **options, checkpoint=checkpoint, progress=True)
+    reference = partial(_reference, config, model)
+    beta = preference.reward_beta(config.objective)
+    models: dict[str, Any] = {"checkpoint": checkpoint, "reference": reference, "beta": beta}
+    return evaluate(model, tokenizer, sources, **options, **models, progress=True)
+
+
+def _reference(config: RunConfig, model: Any) -> PreTrainedModel:
+    """What log-ratios of an evaluation are taken against: the model as it was before training."""
+    return _placed(load_model(config.reference_model or config.model), model.device)
 
 
 def _write_reports(folder: Path, before: Report | None, after: Report | None) -> dict[str, Path]:

@@ -63,6 +63,12 @@ def dry_run(term: Term, name: str) -> Term:
         raise ValueError(
             f"objective {name!r} failed on a trial call with made-up statistics: {type(error).__name__}: {error}"
         ) from error
+    roles = sorted({statistic.role for statistic in found if statistic.role})
+    if roles and not term.role and loss.values.shape[0] == _TOKENS:
+        raise ValueError(
+            f"objective {name!r} returns one value per token of {' and '.join(roles)} completions; ask for the plain "
+            f"statistics (logp instead of {roles[0]}_logp) and set `role: {roles[0]}` beside its name."
+        )
     changes: dict[str, Any] = {"name": name}
     if loss.weight is not None:
         changes["counts_weight"] = True

@@ -102,3 +102,13 @@ def test_declared_functions_of_users_keep_their_declaration():
         return Loss(-sum_logp)
 
     assert one(mine).declaration.formula == "-s"
+
+
+def test_a_loss_per_token_of_a_role_is_told_the_cure():
+    def own(chosen_logp):
+        return Loss(-chosen_logp)
+
+    available = Available(roles=("chosen", "rejected"), reference=True, needs_role=True)
+    with pytest.raises(ValueError, match="role: chosen"):
+        build_terms(own, available)
+    assert build_terms({"name": "nll", "role": "chosen"}, available)[0].denominator == "chosen_tokens"

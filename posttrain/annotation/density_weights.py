@@ -87,7 +87,8 @@ def density_weights(
 
     Returns:
         (rows,) weights; and the cross-validated ``auc`` with its standard error under chance, the
-        ``balanced_accuracy``, and the mean weight of undesirable rows.
+        ``balanced_accuracy``, and the mean weight of undesirable rows, which is about 1 (but for the bounds) where the
+        classifier's probabilities are right and far above it where it is too sure of itself.
 
     Raises:
         ValueError: only one class, or too few prompts for the folds.

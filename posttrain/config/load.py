@@ -70,6 +70,9 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
         raise ValueError(
             f"reference is {config.reference!r}, and the supervised trainer has no reference model; leave it at auto."
         )
+    if config.method == "supervised" and (config.reference_model is not None or config.reference_cache is not None):
+        name = "reference_model" if config.reference_model is not None else "reference_cache"
+        raise ValueError(f"{name} is set, and the supervised trainer has no reference model; leave it out.")
     if config.shared_prefix != "auto" and not isinstance(config.shared_prefix, bool):
         raise ValueError(f"shared_prefix is {config.shared_prefix!r}; give auto, true or false.")
     if config.shared_prefix is True and config.method != "preference":

@@ -22,6 +22,9 @@ def resolve(config: RunConfig, *, name: str = "run") -> RunConfig:
     resolved.trainer.setdefault("output_dir", f"runs/{name}")
     if resolved.evaluation.data is None and resolved.data.eval is not None:
         resolved.evaluation.data = [as_evaluation_source(resolved.data.eval)]
+    if resolved.evaluation.metrics is None:
+        pairs = [] if resolved.method == "supervised" else ["preference"]
+        resolved.evaluation.metrics = ["generation", "likelihood", *pairs]
     _fit_to_device(resolved)
     return resolved
 

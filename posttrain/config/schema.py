@@ -57,18 +57,21 @@ class DiagnosticsConfig:
     Args:
         patience: evaluations in a row at which the chosen completions may become less likely before a warning.
         entanglement_batches: of the evaluation data, on which the gradients of the chosen and of the rejected
-            log-probability are compared; each costs two backward passes. 0 leaves it out.
+            log-probability are compared; each costs two backward passes and two gradients' memory. 0 leaves it out;
+            null takes 2 where these gradients fit into a sixteenth of the memory.
 
     Raises:
         ValueError: a value that is no whole number of at least 0.
     """
 
     patience: int = 3
-    entanglement_batches: int = 2
+    entanglement_batches: int | None = None
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
+            if value is None and item.default is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"diagnostics.{item.name} is {value!r}; give a whole number of at least 0.")
 
@@ -105,6 +108,8 @@ class EvaluationConfig:
         tofu, muse, audit: how much is left of what was to be forgotten; of the settings here they take
             ``batch_size`` and those of the bootstrap.
         harness: tasks of lm-evaluation-harness; ``metrics``, ``samples`` and what else concerns sampling is not theirs.
+        metrics: kinds of metric, see `posttrain.evaluation.evaluate`; None takes ``generation`` and ``likelihood``, and
+            for preference and binary feedback ``preference`` too.
         backend: what samples: ``transformers``, or ``vllm`` (where installed) under ``posttrain evaluate``.
         before: ``train`` evaluates the base as well, for the before/after table.
         every: ``train`` also evaluates after every so many optimizer steps, into ``evaluation_step_N.json``.
@@ -116,7 +121,7 @@ class EvaluationConfig:
     muse: MuseConfig | None = None
     audit: AuditConfig | None = None
     backend: str = "transformers"
-    metrics: list[str] = field(default_factory=lambda: ["generation", "likelihood"])
+    metrics: list[str] | None = None
     samples: int = 8
     k: list[int] = field(default_factory=lambda: [1, 8])
     temperature: float = 1.0
@@ -176,6 +181,8 @@ class RunConfig:
         reference: ``auto``, ``cached``, ``adapter_off``, ``model`` or ``none``.
         reference_model: None takes the model as it is before training.
         assistant: None, or that an assistant is trained whose logits are taken off the model's; unlearning only.
+        reference_cache: folder for the log-probabilities of ``reference: cached``; None keeps them beside the data
+            set's own cache files, or in ``trainer.output_dir``.
         shared_prefix: ``auto``, true or false: a pair in one row behind its prompt, for ``method: preference``.
         resume: true continues from the output folder's last checkpoint, a path from that checkpoint.
         overwrite: an earlier run's files in the output folder may be replaced.
@@ -193,6 +200,7 @@ class RunConfig:
     reference: str = "auto"
     reference_model: ModelConfig | None = None
     assistant: AssistantConfig | None = None
+    reference_cache: str | None = None
     shared_prefix: bool | str = "auto"
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     annotation: AnnotationConfig = field(default_factory=AnnotationConfig)

@@ -1,5 +1,6 @@
 """Batches of prompts with completions, all of one role together, and the `Side` that says which is which."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from posttrain.data.collation import ROW_NUMBER
-from posttrain.data.preference_preparation import PROMPT
+from posttrain.data.preference_preparation import PROMPT, expected, is_valid
 from posttrain.modeling.shared_prefix import SharedPrefixLayout, shared_prefix_layout
 from posttrain.side import Block, Side
 
@@ -118,12 +119,18 @@ def number_in(example: dict[str, Any], name: str) -> float:
         ValueError: it is missing or no finite number; column and row are named.
     """
     value = example.get(name)
-    if not isinstance(value, int | float) or not -float("inf") < value < float("inf"):
+    if not is_valid(name, value):
         raise ValueError(
-            f"column {name!r} holds {value!r} in row {example.get(ROW_NUMBER, -1)} of the data; an objective needs a "
-            "finite number there."
+            f"column {name!r} holds {value!r} in row {example.get(ROW_NUMBER, -1)} of the data; an objective needs "
+            f"{expected(name)} there."
         )
-    return float(value)
+    return float(value)  # type: ignore[arg-type]
+
+
+def number_or_nan(example: dict[str, Any], name: str) -> float:
+    """A row's number in a column that is only watched; NaN where it has none."""
+    value = example.get(name)
+    return float(value) if is_valid(name, value) else math.nan  # type: ignore[arg-type]
 
 
 @dataclass
@@ -132,11 +139,13 @@ class PairCollator(DataCollatorForPreference):
 
     Args:
         columns: data columns that objectives bind, one number a pair.
+        watched: data columns that diagnostics read; NaN where a pair has no number.
         shares_prompts: whether chosen and rejected of a micro-batch go into one row behind their prompt; called with
             the lengths of prompts, chosen and rejected. None: never.
     """
 
     columns: tuple[str, ...] = ()
+    watched: tuple[str, ...] = ()
     shares_prompts: Callable[..., bool] | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -156,12 +165,18 @@ class PairCollator(DataCollatorForPreference):
             shared = shared_prefix_layout(
                 prompts, *completions, pad_token_id=self.pad_token_id, pad_to_multiple_of=multiple_of
             )
-            side = sequence_side(examples, roles, shared, self.columns, tokens)
+            side = self._watching(sequence_side(examples, roles, shared, self.columns, tokens), examples)
             inputs = {name: getattr(shared, name) for name in ("input_ids", "position_ids", "segment_ids")}
             return {**inputs, "side": side}
         laid = lay_out(rows, self.pad_token_id, self.pad_to_multiple_of)
-        side = sequence_side(examples, roles, laid, self.columns, tokens)
+        side = self._watching(sequence_side(examples, roles, laid, self.columns, tokens), examples)
         return {"input_ids": laid.input_ids, "attention_mask": laid.attention_mask, "side": side}
+
+    def _watching(self, side: Side, examples: list[dict[str, Any]]) -> Side:
+        for name in self.watched:
+            values = [number_or_nan(example, name) for example in examples] * len(side.roles)
+            side.sequence_columns.setdefault(name, torch.tensor(values, dtype=torch.float32))
+        return side
 
 
 @dataclass

@@ -75,6 +75,11 @@ def prepare(
     return score(rows, inverted=inverted, ties=ties, key=key)
 
 
+def holds_pairs(rows: Rows, format: str) -> bool:
+    """Whether rows read as pairs: their format says so, or they have both completions."""
+    return format in ("preference", "dialogue", "scored") or {"chosen", "rejected"} <= set(columns_of(rows))
+
+
 @dataclass(frozen=True)
 class PairConverter:
     """One row to its prompt and completions; ``version`` as in `posttrain.data.formats.Converter`."""

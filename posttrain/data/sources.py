@@ -73,12 +73,13 @@ def _first(rows: Dataset, limit: int) -> range:
 
 
 def _from_task(source: DataSource, key: str) -> Dataset:
-    from posttrain.data import procedural
+    from posttrain.data import procedural, procedural_preferences
 
     assert source.task is not None and source.size is not None
     seed = 0 if source.seed is None else source.seed
+    make = procedural_preferences.make if source.task in procedural_preferences.TASKS else procedural.make
     try:
-        return procedural.make(source.task, size=source.size, seed=seed, split=source.split, **source.task_options)
+        return make(source.task, size=source.size, seed=seed, split=source.split, **source.task_options)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
 

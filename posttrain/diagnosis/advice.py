@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain import objectives
 from posttrain.evaluation.bootstrap import Estimate
 
 # Where arXiv:2510.00526 sees the ends of the model-capability continuum, by the mean target probability of the base.
@@ -57,7 +56,7 @@ def supervised(mean: Estimate) -> Advice:
 
 
 def preference(found: dict[str, Any]) -> Advice:
-    """By what stands out among the pairs; an objective that the library lacks is named in the reason only."""
+    """By what stands out among the pairs."""
     wishes: list[tuple[str, str, str]] = []
     scores, prefix, length = found.get("scores"), found["shared_prefix"], found["length"]
     if scores is not None and scores["disagree"] + scores["ties"] >= 0.1:
@@ -71,9 +70,7 @@ def preference(found: dict[str, Any]) -> Advice:
         wishes.append(("simpo", f"{share}, and a margin per token does not reward length", "arXiv:2405.14734"))
     if not wishes:
         wishes.append(("dpo", "nothing stands against the plain objective", "arXiv:2305.18290"))
-    there = [name for name, _, _ in wishes if name in objectives.names()]
     papers = "; ".join(paper for _, _, paper in wishes)
     reason = "; ".join(f"{name}: {why}" for name, why, _ in wishes) + "."
-    if not there:
-        reason += " This release has none of these yet: the file to start with fine-tunes on the chosen answers."
-    return Advice("preference", there[0] if there else "nll", tuple(there[1:]), reason, papers)
+    first, *others = [name for name, _, _ in wishes]
+    return Advice("preference", first, tuple(others), reason, papers)

@@ -1,5 +1,6 @@
 """What a diagnosis leaves behind: a JSON, a histogram, and a configuration to start from."""
 
+import dataclasses
 import json
 import textwrap
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-from posttrain.config import RunConfig
+from posttrain.config import RunConfig, trainer_config_class
 from posttrain.config.schema import without_secrets
 from posttrain.diagnosis.advice import STRONG, WEAK, Advice
 
@@ -33,9 +34,10 @@ def starting_yaml(config: RunConfig, advice: Advice, found: Mapping[str, Any]) -
     """The configuration with the recommended objective, where it differs from the defaults; the reason stands above."""
     tree, default = without_secrets(config.to_tree()), RunConfig().to_tree()
     tree |= {name: default[name] for name in ("diagnosis", "scoring", "resume", "overwrite")}
-    if "pairs" in found and advice.objective == "nll":
-        train = tree["data"]["train"]
-        train["columns"] = {**train["columns"], **found["completion_column"]}
+    if "pairs" in found:
+        known = {item.name for item in dataclasses.fields(trainer_config_class("preference"))}
+        trainer = {key: value for key, value in tree["trainer"].items() if key in known}
+        tree |= {"method": "preference", "trainer": trainer}
     short = _differing(tree, default) | {"objective": advice.objective}
     lines = [advice.reason, f"Paper: {advice.paper}."]
     if advice.compare:

@@ -145,6 +145,4 @@ def _of_pairs(config: RunConfig, tokenizer: Any, given: Rows) -> tuple[dict[str,
     model: Any = load_model(config.model).to(args.device)
     size = config.diagnosis.batch_size or args.per_device_train_batch_size
     found = pairs.diagnose_pairs(model, tokenizer, list(rows), batch_size=size, max_length=args.max_length)
-    whole = "messages" if isinstance(first["chosen"], list) else "text"
-    completion = {"chosen": "completion" if first.get("prompt") is not None else whole}
-    return {"rows": len(rows), "pairs": found, "completion_column": completion}, advising.preference(found)
+    return {"rows": len(rows), "pairs": found}, advising.preference(found)

@@ -58,6 +58,11 @@ def is_scorable(row: Row) -> bool:
     return _holds(row, "messages") or _holds(row, "text")
 
 
+def is_pair(row: Row) -> bool:
+    """Whether the row holds a prompt with a chosen and a rejected completion."""
+    return all(_holds(row, column) for column in ("prompt", "chosen", "rejected"))
+
+
 def require(rows: Iterable[Row], what: str, accepts: str, condition: Callable[[Row], bool]) -> None:
     """Raise a ValueError naming the first row that fails ``condition`` and the columns it has."""
     for index, row in enumerate(rows):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -10,24 +10,17 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from posttrain.evaluation import bootstrap, verifiers, vllm
+from posttrain.evaluation import bootstrap, preference, verifiers, vllm
 from posttrain.evaluation.benchmark import Benchmark
 from posttrain.evaluation.generation import Sampling, complete
 from posttrain.evaluation.harness import HarnessTask, run
 from posttrain.evaluation.inference import CausalLM
 from posttrain.evaluation.likelihood import Likelihood, likelihood
 from posttrain.evaluation.passk import maj_at_k, pass_at_k
+from posttrain.evaluation.plan import ACCEPTS, Plan
 from posttrain.evaluation.progress import Advance, bar
 from posttrain.evaluation.report import Measure, Report, SourceReport
-from posttrain.evaluation.rows import Row, is_scorable, is_verifiable, prompt_ids, prompt_of, reference_of, require
-from posttrain.suggest import unknown
-
-_ACCEPTS = {
-    "generation": (is_verifiable, "a prompt with answer or completion, or messages that end with the assistant"),
-    "likelihood": (is_scorable, "prompt with completion, messages, or text"),
-}
-
-_BACKENDS = ("transformers", "vllm")
+from posttrain.evaluation.rows import Row, is_pair, prompt_ids, prompt_of, reference_of, require
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,49 +36,6 @@ class Source:
     rows: Iterable[Row]
     task: str | None = None
     verifier: str = "auto"
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """`evaluate`'s settings, checked."""
-
-    metrics: tuple[str, ...]
-    sampling: Sampling
-    k: tuple[int, ...]
-    max_length: int | None
-    resamples: int
-    level: float
-    progress: bool
-    backend: str
-    checkpoint: str | None
-
-    def __post_init__(self) -> None:
-        for metric in self.metrics:
-            if metric not in _ACCEPTS:
-                raise ValueError(unknown("entry of metrics", metric, _ACCEPTS))
-        if not self.metrics:
-            raise ValueError(f"metrics is empty; name at least one of {', '.join(_ACCEPTS)}.")
-        if self.resamples < 1 or not 0 < self.level < 1:
-            raise ValueError(
-                f"resamples must be positive and level within (0, 1), found {self.resamples} and {self.level}."
-            )
-        if self.backend not in _BACKENDS:
-            raise ValueError(unknown("backend", self.backend, _BACKENDS))
-        if self.backend == "vllm":
-            vllm.require()
-            if self.checkpoint is None:
-                raise ValueError(
-                    "backend is 'vllm', which loads a saved model of its own; set it for `posttrain evaluate`, and "
-                    "transformers for training."
-                )
-        samples = self.sampling.samples
-        if "generation" in self.metrics and not (self.k and min(self.k) > 0 and max(self.k) <= samples):
-            raise ValueError(f"k must lie between 1 and samples={samples}, found {list(self.k)}; raise samples.")
-        if "generation" in self.metrics and self.sampling.temperature == 0 and samples > 1:
-            raise ValueError(
-                f"temperature 0 is greedy, so samples={samples} would all be the same; set samples to 1 and k to [1], "
-                "or temperature above 0."
-            )
 
 
 @dataclass
@@ -119,25 +69,29 @@ def evaluate(
     level: float = 0.95,
     backend: str = "transformers",
     checkpoint: str | None = None,
+    reference: Callable[[], CausalLM] | None = None,
+    beta: float | None = None,
     progress: bool = False,
 ) -> Report:
     """Measure a model on every source; a source that allows only one kind of metric is measured in that one.
 
     `generation` gives pass@k for each k and maj@k for each k > 1; with temperature 0 and one sample, pass@1 is greedy
     exact match. `likelihood` gives nll (nats/token), perplexity, mean_target_probability, token_accuracy, entropy
-    (nats) and expected_calibration_error. Every number has a percentile bootstrap interval over rows.
+    (nats) and expected_calibration_error. `preference` judges held-out pairs, see `preference.Pairs`. Every number has
+    a percentile bootstrap interval over rows.
 
     Args:
         model, tokenizer: any Hugging Face causal language model, plain or PEFT; both come back as they were.
-        sources: name -> `Source`, or its rows alone, or a task of lm-evaluation-harness from `harness.load`, which has
-            metrics and sampling of its own, or a `Benchmark`, which is reported as several sources.
-        metrics: `generation`, `likelihood` or both.
+        sources: name -> `Source`, its rows alone, or a task from `harness.load` with its own metrics and sampling, or a
+            `Benchmark`, which is reported as several sources.
+        metrics: any of `generation`, `likelihood` and `preference`.
         samples, temperature, top_p, max_new_tokens, batch_size, seed: see `generation.Sampling`.
         k: of pass@k and maj@k, each at most `samples`.
         max_length: longest row whose likelihood is measured, in tokens; None takes the model's positions.
         resamples, level: of the bootstrap intervals, seeded with `seed`.
         backend: what samples: `transformers`, or `vllm` where it is installed.
         checkpoint: the model's folder or hub name, which `vllm` loads.
+        reference, beta: of `preference`: loads its reference; `preference.reward_beta`, None without calibration.
         progress: show progress bars.
 
     Raises:
@@ -146,8 +100,8 @@ def evaluate(
         ImportError: a verifier's package, or vllm where it is the backend, is not installed.
     """
     sampling = Sampling(samples, temperature, top_p, max_new_tokens, batch_size, seed)
-    sizes = tuple(sorted(set(k)))
-    plan = _Plan(tuple(metrics), sampling, sizes, max_length, resamples, level, progress, backend, checkpoint)
+    numbers = (tuple(sorted(set(k))), max_length, resamples, level)
+    plan = Plan(tuple(metrics), sampling, *numbers, progress, backend, checkpoint, reference, beta)
     results: dict[str, SourceReport] = {}
     options: dict[str, Any] = {"batch_size": batch_size, "resamples": resamples, "level": level, "seed": seed}
     for name, source in sources.items():
@@ -159,12 +113,12 @@ def evaluate(
             rows = source if isinstance(source, Source) else Source(source)
             results[name] = _evaluate_source(model, tokenizer, name, rows, plan)
     benchmarks = {name: source.settings for name, source in sources.items() if isinstance(source, Benchmark)}
-    settings = {**asdict(sampling), "k": list(plan.k), "max_length": max_length, "backend": backend}
-    return Report({"metrics": list(metrics), **settings, **options, **benchmarks}, results)
+    settings = {"metrics": list(metrics), **asdict(sampling), "k": list(plan.k), "max_length": max_length}
+    return Report({**settings, "backend": backend, **options, **benchmarks}, results)
 
 
 def _evaluate_source(
-    model: CausalLM, tokenizer: PreTrainedTokenizerBase, name: str, source: Source, plan: _Plan
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, name: str, source: Source, plan: Plan
 ) -> SourceReport:
     rows = list(source.rows)
     kinds = _measurable(name, rows, plan.metrics)
@@ -177,6 +131,9 @@ def _evaluate_source(
             size, limit = plan.sampling.batch_size, plan.max_length
             scored = likelihood(model, tokenizer, rows, batch_size=size, max_length=limit, progress=advance)
             _likelihood(scored, found)
+    if "preference" in kinds:
+        with bar(plan.progress, f"{name}: preference", 4 * len(rows)) as advance:
+            _preference(model, tokenizer, rows, plan, found, advance)
     interval = partial(bootstrap.estimate, resamples=plan.resamples, level=plan.level, seed=plan.sampling.seed)
     measures = {
         metric: Measure(statistic, index, interval(statistic)) for metric, (statistic, index) in found.measures.items()
@@ -187,7 +144,7 @@ def _evaluate_source(
         verifier=found.verifier,
         measures=measures,
         counts=found.counts,
-        not_measured={kind: f"it needs {_ACCEPTS[kind][1]}" for kind in plan.metrics if kind not in kinds},
+        not_measured={kind: f"it needs {ACCEPTS[kind][1]}" for kind in plan.metrics if kind not in kinds},
         items=found.items,
         correct=found.correct,
         reliability=found.reliability,
@@ -199,9 +156,9 @@ def _measurable(name: str, rows: Sequence[Row], metrics: Sequence[str]) -> list[
     """The kinds of metric that the source's rows allow; a mixture of rows that do and do not is an error."""
     if not rows:
         raise ValueError(f"Source {name!r} has no rows to evaluate on.")
-    kinds = [kind for kind in metrics if any(map(_ACCEPTS[kind][0], rows))]
+    kinds = [kind for kind in metrics if any(map(ACCEPTS[kind][0], rows))]
     for kind in kinds or metrics:
-        accepted, description = _ACCEPTS[kind]
+        accepted, description = ACCEPTS[kind]
         require(rows, f"{kind} on source {name!r}", description, accepted)
     return kinds
 
@@ -211,7 +168,7 @@ def _generation(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     source: Source,
-    plan: _Plan,
+    plan: Plan,
     found: _Findings,
     advance: Advance,
 ) -> None:
@@ -257,9 +214,30 @@ def _likelihood(scored: Likelihood, found: _Findings) -> None:
         )
 
 
+def _preference(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    plan: Plan,
+    found: _Findings,
+    advance: Advance,
+) -> None:
+    """Note the metrics of pairs and every pair's own numbers."""
+    if plan.reference is None:
+        raise ValueError("preference takes log-ratios against a reference model; pass reference, which loads it.")
+    options: dict[str, Any] = {"beta": plan.beta, "batch_size": plan.sampling.batch_size, "max_length": plan.max_length}
+    scored = preference.score_pairs(model, plan.reference(), tokenizer, rows, progress=advance, **options)
+    found.measures.update(scored.statistics())
+    found.counts["truncated_completions"] = scored.truncated
+    found.counts["skipped_pairs"] = scored.skipped
+    for row, numbers in scored.items():
+        found.items[row].update(numbers)
+
+
 def rows_fingerprint(rows: Sequence[Row]) -> str:
     """Digest of the rows' text."""
-    columns = ("prompt", "completion", "answer", "messages", "text")
+    columns = ["prompt", "completion", "answer", "messages", "text"]
+    columns += ["chosen", "rejected"] if any(map(is_pair, rows)) else []
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.get(column) for column in columns], sort_keys=True, default=str).encode())

@@ -76,7 +76,8 @@ def _target(score_margin: Tensor | None, preference_probability: Tensor | None, 
     if preference_probability is None or score_margin is not None:
         found = "neither" if score_margin is None else "both"
         raise ValueError(
-            f"mmpo found {found} of score_margin and preference_probability; give it exactly one of the two columns."
+            f"mmpo found {found} of score_margin and preference_probability; give it exactly one, and leave the other "
+            "out of the data."
         )
     return preference_probability.detach()
 

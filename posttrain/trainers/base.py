@@ -1,7 +1,7 @@
 """The shared way from a micro-batch to a loss: statistics -> objective -> reduction -> metrics."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from posttrain.objectives import Loss
 from posttrain.reduction import StepCounts, divide, weighted_sum
 from posttrain.side import Side
 from posttrain.term import KernelOptions, Term
+from posttrain.trainers.card import card_of
 from posttrain.trainers.checkpoints import StatesInCheckpoints
 from posttrain.trainers.coupling import (
     Computed,
@@ -44,6 +45,7 @@ class ObjectiveMixin(EvaluationMixin, StatesInCheckpoints):
     loss_is_scaled_for_ga = True
     aux_loss_enabled: bool = False
     router_aux_loss_coef: float = 0.0
+    _paper: dict[str, str]
 
     def _start_objective(self, terms: Sequence[Term], kernel: KernelConfig) -> None:
         self.terms, self.kernel = tuple(terms), kernel
@@ -53,6 +55,7 @@ class ObjectiveMixin(EvaluationMixin, StatesInCheckpoints):
         self._reference_groups = reference_groups(self.terms)
         self._counted = tuple(dict.fromkeys(("tokens", *(term.denominator for term in self.terms))))
         self.states = States(self.terms)
+        self._name, self._paper = card_of(self.terms)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._evaluated, self._evaluated_apart = None, []
         self._head_checked = False
@@ -129,16 +132,22 @@ class ObjectiveMixin(EvaluationMixin, StatesInCheckpoints):
     _prepares_apart = False
 
     def _statistics(
-        self, model: nn.Module, inputs: dict[str, Any], one_pass: StepCounts | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        one_pass: StepCounts | None = None,
+        groups: Mapping[KernelOptions, tuple[str, ...]] | None = None,
     ) -> tuple[Computed, Side, Any]:
         """Run the wrapped model's forward; the kernel runs inside it, where sharded parameters can be read.
 
-        With the step's counts as ``one_pass`` it also forms the gradients, and the statistics are detached.
+        With the step's counts as ``one_pass`` it also forms the gradients, and the statistics are detached. ``groups``
+        are what all terms ask for unless given.
         """
         side: Side = inputs["side"]
+        groups = self._groups if groups is None else groups
         model_inputs = {key: value for key, value in inputs.items() if key not in NOT_FOR_MODEL}
         reference, teacher = self._frozen(model, model_inputs, side)
-        groups = tuple(
+        kernel_groups = tuple(
             StatisticsGroup(
                 wanted=wanted,
                 temperature=options.temperature,
@@ -147,24 +156,24 @@ class ObjectiveMixin(EvaluationMixin, StatesInCheckpoints):
                 layer=options.layer,
                 ids=side.token_columns.get("teacher_ids") if "ids_logp" in wanted else None,
             )
-            for options, wanted in self._groups.items()
+            for options, wanted in groups.items()
         )
         request = VocabRequest(
             target_index=side.target_index,
             targets=side.targets,
-            groups=groups,
+            groups=kernel_groups,
             teacher=teacher,
             backend=self.kernel.backend,
             gradient_tolerance=self.kernel.gradient_tolerance,
             budget=self.kernel.budget,
         )
         if one_pass is not None:
-            request = in_one_pass(request, tuple(self._groups), self.terms, one_pass, side)
+            request = in_one_pass(request, tuple(groups), self.terms, one_pass, side)
         outputs = model(**model_inputs, vocab_request=request)
-        answers = outputs.statistics if one_pass is None else read(outputs.statistics[0], tuple(self._groups))
+        answers = outputs.statistics if one_pass is None else read(outputs.statistics[0], tuple(groups))
         computed = {
-            options: {name: statistics[name] for name in self._groups[options]} | dict(reference.get(options, {}))
-            for options, statistics in zip(self._groups, answers, strict=True)
+            options: {name: statistics[name] for name in groups[options]} | dict(reference.get(options, {}))
+            for options, statistics in zip(groups, answers, strict=True)
         }
         return computed, side, outputs
 

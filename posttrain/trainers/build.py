@@ -67,6 +67,8 @@ def build(config: RunConfig, args: Any, tokenizer: Any, data: Mapping[str, Any])
             frozen["teacher"] = load_model(config.teacher, key="teacher")
     if config.method != "supervised":
         frozen["reference"] = config.reference
+    if config.method in ("preference", "binary_feedback"):
+        frozen["reference_cache"] = config.reference_cache
         if config.reference_model is not None:
             frozen["ref_model"] = load_model(config.reference_model, key="reference_model")
     trainer = TRAINERS[config.method]

@@ -60,7 +60,8 @@ class EvaluationMixin(Host):
             self._auxiliary(outputs, 1, "eval")
             if not prediction_loss_only:
                 plain = {key: value for key, value in inputs.items() if key not in NOT_FOR_MODEL}
-                logits, labels = model(**plain).logits, inputs.get("labels")
+                # as TRL does: without labels transformers would leave compute_metrics out
+                logits, labels = model(**plain).logits, inputs.get("labels", inputs["input_ids"])
         if self._evaluated is not None:
             self._evaluated.append(self._waiting(computed, side))
             if apart is not None:

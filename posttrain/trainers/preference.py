@@ -1,27 +1,24 @@
 """Preference objectives on trl.DPOTrainer."""
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset
 from torch import nn
 from trl import DPOConfig, DPOTrainer
 
 from posttrain.config import DiagnosticsConfig
 from posttrain.config.trainer import checked
 from posttrain.data.preference_collation import PairCollator
-from posttrain.data.preparation import AnyDataset, column_names
+from posttrain.data.preparation import AnyDataset, column_names, number_rows
+from posttrain.data.scores import SCORES, score
 from posttrain.modeling import check_shared_prefix
 from posttrain.trainers.coupling import preserved_random_state
-from posttrain.trainers.pair_diagnostics import PairDiagnostics
+from posttrain.trainers.pair_diagnostics import SCORE_MARGIN, PairDiagnostics
 from posttrain.trainers.prompt_sharing import check_setting, prompt_sharing
 from posttrain.trainers.referenced import ReferencedMixin
 
 logger = logging.getLogger(__name__)
-
-SCORE_MARGIN = "score_margin"
 
 
 class PreferenceTrainer(PairDiagnostics, ReferencedMixin, DPOTrainer):  # type: ignore[misc]
@@ -51,6 +48,7 @@ class PreferenceTrainer(PairDiagnostics, ReferencedMixin, DPOTrainer):  # type: 
     roles = ("chosen", "rejected")
     config_class = DPOConfig
     default_objective = "dpo"
+    watched = (SCORE_MARGIN,)
 
     def _collator(self) -> PairCollator:
         theirs: Any = self.data_collator
@@ -60,6 +58,7 @@ class PreferenceTrainer(PairDiagnostics, ReferencedMixin, DPOTrainer):  # type: 
             pad_token_id=theirs.pad_token_id,
             pad_to_multiple_of=theirs.pad_to_multiple_of,
             columns=self._columns,
+            watched=self.watched,
             shares_prompts=self._shares_prompts,
         )
 
@@ -82,13 +81,13 @@ class PreferenceTrainer(PairDiagnostics, ReferencedMixin, DPOTrainer):  # type: 
         self._shared_prefix = check_setting(shared_prefix)
         if not isinstance(diagnostics, DiagnosticsConfig):
             diagnostics = DiagnosticsConfig(**checked(diagnostics or {}, DiagnosticsConfig, "diagnostics"))
-        evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-        scored = all(_is_scored(dataset) for dataset in (train_dataset, *evaluated))
-        self._start_diagnostics(diagnostics, SCORE_MARGIN if scored else None)
+        self._start_diagnostics(diagnostics)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: _with_margin(dataset, name) for name, dataset in eval_dataset.items()}
+        else:
+            eval_dataset = _with_margin(eval_dataset, "eval")
+        train_dataset = _with_margin(train_dataset, "train")
         super().__init__(*args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-
-    def _watched_columns(self) -> tuple[str, ...]:
-        return (self._score_column,) if self._score_column else ()
 
     def _config(self, args: Any, model: Any) -> Any:
         args = super()._config(args, model)
@@ -98,8 +97,11 @@ class PreferenceTrainer(PairDiagnostics, ReferencedMixin, DPOTrainer):  # type: 
         return args
 
 
-def _is_scored(dataset: Any) -> bool:
-    """Whether every pair has a finite score margin, so that it can be watched beside any objective."""
-    if not isinstance(dataset, Dataset) or SCORE_MARGIN not in column_names(dataset):
-        return False
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in dataset[SCORE_MARGIN])
+def _with_margin(dataset: Any, name: str) -> Any:
+    """With ``score_margin``, where the rows hold two scores and no margin between them."""
+    if dataset is None:
+        return None
+    columns = set(column_names(dataset))
+    if SCORE_MARGIN in columns or not any(set(both) <= columns for both in SCORES):
+        return dataset
+    return score(number_rows(dataset), key=f"the {name} data")

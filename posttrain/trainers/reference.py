@@ -1,52 +1,44 @@
-"""The reference model of a trainer: which kind serves, and what it says of a micro-batch."""
+"""The reference model of a trainer, and what it says of a micro-batch."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from trl.trainer.utils import use_adapter
+from transformers import PreTrainedModel
+from trl.trainer.utils import create_model_from_path, use_adapter
 
 from posttrain.binding import REFERENCE
-from posttrain.kernels.table import TEACHER_STATISTICS
 from posttrain.modeling import StatisticsGroup, VocabRequest
 from posttrain.side import Side
-from posttrain.suggest import unknown
-from posttrain.term import KernelOptions, Term
-
-KINDS = ("auto", "cached", "adapter_off", "model", "none")
+from posttrain.term import KernelOptions
+from posttrain.trainers.reference_choice import Needs
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What the terms ask of a reference model.
+def frozen_copy(model: PreTrainedModel | PeftModel, options: Mapping[str, Any]) -> Any:
+    """The model as it is now, as one of its own.
 
     Args:
-        groups: kernel statistics by kernel options.
-        vocabulary: its whole next-token distribution, as the teacher of the kernel.
+        model: the policy before training. One that ZeRO-3 sharded while it was loaded is loaded again by its name.
+        options: of ``from_pretrained``.
+
+    Raises:
+        ValueError: it would have to be loaded again, and has adapters or no name.
     """
-
-    groups: Mapping[KernelOptions, tuple[str, ...]]
-    vocabulary: bool
-
-    @property
-    def any(self) -> bool:
-        return bool(self.groups) or self.vocabulary
-
-
-def needs_vocabulary(terms: tuple[Term, ...]) -> bool:
-    """Whether a term compares whole distributions, so that the reference is the kernel's teacher."""
-    return any(statistic.kernel in TEACHER_STATISTICS for term in terms for statistic in term.all_statistics)
-
-
-def check_kind(kind: str) -> str:
-    """Raise a ValueError unless ``kind`` is one of `KINDS`."""
-    if kind not in KINDS:
-        raise ValueError(unknown("reference", kind, KINDS))
-    return kind
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return copy.deepcopy(model)
+    name = model.config._name_or_path
+    if isinstance(model, PeftModel) or not name:
+        raise ValueError(
+            "ZeRO-3 sharded the policy while it was loaded, so that no copy of it can be made; give the reference by "
+            "name (reference_model, or ref_model in Python)."
+        )
+    defaults = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation, "device_map": None}
+    revision = getattr(model.config, "_commit_hash", None)
+    return create_model_from_path(name, **{**defaults, **({"revision": revision} if revision else {}), **options})
 
 
 class LiveReference:
@@ -56,10 +48,17 @@ class LiveReference:
         model: frozen and attached; None runs the policy without its adapter (or with its adapter named ``ref``).
         needs: of the terms.
         options: ``backend`` and ``budget`` of the kernels.
+        autocast: of the trainer's mixed precision.
     """
 
-    def __init__(self, model: nn.Module | None, needs: Needs, options: Mapping[str, Any]) -> None:
-        self.model, self.needs, self.options = model, needs, options
+    def __init__(
+        self,
+        model: nn.Module | None,
+        needs: Needs,
+        options: Mapping[str, Any],
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.model, self.needs, self.options, self.autocast = model, needs, options, autocast
 
     @torch.no_grad()
     def __call__(
@@ -85,11 +84,9 @@ class LiveReference:
             return_head=self.needs.vocabulary,
             **self.options,
         )
-        if self.model is not None:
-            outputs = self.model(**inputs, vocab_request=request)
-        else:
-            with without_adapter(unwrapped):
-                outputs = policy(**inputs, vocab_request=request)
+        runs = self.model if self.model is not None else policy
+        with without_adapter(unwrapped) if self.model is None else nullcontext(), self.autocast():
+            outputs = runs(**inputs, vocab_request=request)
         answers = outputs.statistics or ()
         found = {
             options: {REFERENCE + name: statistics[name] for name in wanted}
@@ -99,16 +96,25 @@ class LiveReference:
 
 
 @contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and then as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
     """The policy as it was before its adapter was trained, without dropout.
 
     An adapter that was trained before stands beside as ``ref`` (TRL copies it), and serves in its place.
     """
     assert isinstance(model, PeftModel)
-    training = model.training
-    model.eval()
-    try:
-        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-            yield
-    finally:
-        model.train(training)
+    with (
+        without_dropout(model),
+        use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None),
+    ):
+        yield

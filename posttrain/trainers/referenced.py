@@ -1,28 +1,26 @@
 """What trainers of completions against a reference model share."""
 
-import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
-from torch import nn
 from transformers import PreTrainedModel
 
-from posttrain.binding import reference_groups
 from posttrain.config import KernelConfig
 from posttrain.data.collation import ROW_NUMBER
 from posttrain.data.preference_collation import REFERENCE_SUM, REFERENCE_TOKENS
 from posttrain.data.preference_preparation import PROMPT, finish_completions
 from posttrain.data.preparation import AnyDataset, column_names, number_rows, without_truncation
 from posttrain.modeling import attach
-from posttrain.side import Side
+from posttrain.term import Term
 from posttrain.terms import Available, Objective, build_terms
 from posttrain.trainers import trl_adapter
 from posttrain.trainers.base import ObjectiveMixin
-from posttrain.trainers.coupling import Computed
 from posttrain.trainers.kernel import check_kernel, kernel_config
-from posttrain.trainers.reference import LiveReference, Needs, check_kind, needs_vocabulary
+from posttrain.trainers.reference_choice import circumstances, reference_needs
+from posttrain.trainers.reference_handling import ReferenceHandling
 
 TEXT_COLUMNS = frozenset(
     ["prompt", "chosen", "rejected", "completion", "label", "messages", "conversations", "tools",
@@ -30,11 +28,13 @@ TEXT_COLUMNS = frozenset(
 )  # fmt: skip
 
 
-class ReferencedMixin(ObjectiveMixin):
+class ReferencedMixin(ReferenceHandling, ObjectiveMixin):
     """Goes before trl.DPOTrainer or trl.KTOTrainer: objectives over completions by role, and their reference model."""
 
     # ("chosen", "rejected"), or ("",) for completions without a role
     roles: ClassVar[Sequence[str]]
+    # columns that go along where they are, though no objective binds them
+    watched: ClassVar[tuple[str, ...]] = ()
     # roles of sequences that only `prepare` reads
     extra_roles: ClassVar[Sequence[str]] = ()
     config_class: ClassVar[Any]
@@ -50,6 +50,7 @@ class ReferencedMixin(ObjectiveMixin):
         objective: Objective | list[Objective] | None = None,
         kernel: KernelConfig | Mapping[str, Any] | None = None,
         reference: str = "auto",
+        reference_cache: str | Path | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: Any = None,
         peft_config: PeftConfig | None = None,
@@ -60,23 +61,26 @@ class ReferencedMixin(ObjectiveMixin):
         trl_adapter.refuse_own_parts(kwargs, type(self).__name__)
         if train_dataset is None:
             raise ValueError("train_dataset is missing; pass a datasets.Dataset or IterableDataset.")
-        check_kind(reference)
         terms = build_terms(objective or self.default_objective, self._available(train_dataset, reference))
+        self._check_terms(terms, args)
         kernel = kernel_config(kernel)
         check_kernel(kernel, terms, args.device)
-        needs = Needs(reference_groups(terms), needs_vocabulary(terms))
-        bound = (name for term in terms for name in term.all_columns)
-        self._columns = tuple(dict.fromkeys((*bound, *self._watched_columns())))
+        needs = reference_needs(terms, self.extra_roles)
+        self._columns = tuple(dict.fromkeys(name for term in terms for name in term.all_columns))
         self._check_data(args, train_dataset, eval_dataset)
         trl_adapter.refuse_prompt_learning(model, peft_config)
+        here = circumstances(args, train_dataset, eval_dataset, model, ref_model, peft_config)
+        self._choose_reference(reference, needs, here, reference_cache)
         model = trl_adapter.loaded(model, args, kwargs)
+        ref_model = self._reference_model(here, args, model, ref_model)
         fresh_adapter = peft_config is not None
         if peft_config is not None and trl_adapter.adapts_head(peft_config, model):
             model, peft_config = trl_adapter.with_head_adapter(model, args, peft_config), None
-        kind = self._reference_kind(reference, needs, args, fresh_adapter or isinstance(model, PeftModel), ref_model)
-        if kind == "model" and ref_model is None:
-            ref_model = copy.deepcopy(model)  # type: ignore[assignment]
-        with trl_adapter.hidden_head_adapter(model), trl_adapter.without_reference_model(type(self)):
+        with (
+            trl_adapter.hidden_head_adapter(model),
+            trl_adapter.without_reference_model(type(self)),
+            trl_adapter.without_mismatched_completions(args),
+        ):
             construct: Any = super().__init__
             construct(
                 model=model,
@@ -90,7 +94,9 @@ class ReferencedMixin(ObjectiveMixin):
         trl_adapter.refuse_parallelism(self.accelerator)
         self.data_collator = self._collator()
         attach(self.model)
-        self.reference, self._live_reference = kind, self._start_reference(kind, needs, kernel)
+        if fresh_adapter or self.reference == "none":
+            trl_adapter.drop_copied_adapter(self.model)
+        self._start_reference(needs, kernel, reference_cache)
         self._start_objective(terms, kernel)
 
     def _config(self, args: Any, model: Any) -> Any:
@@ -111,6 +117,9 @@ class ReferencedMixin(ObjectiveMixin):
             needs_role="" not in self.roles,
         )
 
+    def _check_terms(self, terms: Sequence[Term], args: Any) -> None:
+        """Refuse objectives that the trainer cannot serve under these arguments."""
+
     def _check_data(self, args: Any, train_dataset: AnyDataset, eval_dataset: Any) -> None:
         evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         for name, dataset in evaluated.items():
@@ -123,37 +132,16 @@ class ReferencedMixin(ObjectiveMixin):
         streams = [isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated.values())]
         if any(streams):
             args.accelerator_config.dispatch_batches = False
+        if args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "trainer.accelerator_config.dispatch_batches is true, and batches hold columns of several lengths that "
+                "one process cannot cut up for the others; set it to false."
+            )
         if any(streams[1:]) and args.world_size > 1:
             raise ValueError(
                 f"data.eval is streamed and there are {args.world_size} processes, between which a stream fills up "
                 "with repeated rows that would count twice; set data.eval.streaming to false."
             )
-
-    def _reference_kind(self, reference: str, needs: Needs, args: Any, adapter: bool, ref_model: Any) -> str:
-        if not needs.any:
-            return "none"
-        if reference != "auto":
-            return reference
-        return "adapter_off" if adapter and ref_model is None and not args.sync_ref_model else "model"
-
-    def _start_reference(self, kind: str, needs: Needs, kernel: KernelConfig) -> LiveReference | None:
-        if kind == "none":
-            return None
-        model = self.ref_model if kind == "model" else None
-        if model is not None:
-            attach(model)
-            model.eval().requires_grad_(False)
-        return LiveReference(model, needs, {"backend": kernel.backend, "budget": kernel.budget})
-
-    def _frozen(self, model: nn.Module, model_inputs: dict[str, Any], side: Side) -> tuple[Computed, Any]:
-        if self._live_reference is None:
-            return {}, None
-        unwrapped = self.accelerator.unwrap_model(model)
-        return self._live_reference(model, unwrapped, model_inputs, side)
-
-    def _watched_columns(self) -> tuple[str, ...]:
-        """Columns that go along though no objective binds them."""
-        return ()
 
     def _collator(self) -> Any:
         raise NotImplementedError
@@ -164,19 +152,23 @@ class ReferencedMixin(ObjectiveMixin):
     def _prepare_dataset(self, dataset: AnyDataset, processing_class: Any, args: Any, dataset_name: str) -> AnyDataset:
         """TRL tokenises; cutting and skipping are ours, so that side columns come along and nothing goes silently."""
         prepare: Any = super()._prepare_dataset  # type: ignore[misc]
-        tokenized = prepare(number_rows(dataset), processing_class, without_truncation(args), dataset_name)
-        return finish_completions(
+        # by the name "train" TRL's KTO would advise on weights that its own loss has
+        name = "training" if dataset_name == "train" else dataset_name
+        tokenized = prepare(number_rows(dataset), processing_class, without_truncation(args), name)
+        finished = finish_completions(
             tokenized,
             name=dataset_name,
             completions=self._completions(),
             columns=self._columns,
+            watched=self.watched,
             max_length=args.max_length,
             truncation_mode=getattr(args, "truncation_mode", "keep_start"),
         )
+        return self._with_reference(finished)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            names = [PROMPT, ROW_NUMBER, *self._columns]
+            names = [PROMPT, ROW_NUMBER, *self._columns, *self.watched]
             for role, completion in zip(self.roles, self._completions(), strict=True):
                 prefix = f"{role}_" if role else ""
                 names += [f"{completion}_ids", prefix + REFERENCE_SUM, prefix + REFERENCE_TOKENS]

@@ -10,6 +10,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoProcessor, set_seed
+from trl import KTOConfig
+from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
 from posttrain.data.collation import CompletionCollator
@@ -17,7 +20,7 @@ from posttrain.data.collation import CompletionCollator
 HEAD_NAMES = ("lm_head", "embed_out", "output")
 
 REPLACED: Mapping[str, str] = {
-    "loss_type": "objective: the name of the loss",
+    "loss_type": "objective: {value}",
     "label_smoothing_factor": "objective: {{name: label_smoothing, epsilon: {value}}}",
     "use_liger_kernel": "nothing, the streamed kernel is always used",
     "loss_weights": "`weight` beside each objective's name",
@@ -47,7 +50,7 @@ def refuse_replaced_settings(args: Any) -> None:
         if value != defaults.get(name):
             raise ValueError(
                 f"trainer.{name} is {value!r}, which `objective` replaces; leave it at {defaults.get(name)!r} and set "
-                f"{replacement.format(value=value)}."
+                f"{replacement.format(value=value if isinstance(value, str | int | float) else 'its name')}."
             )
 
 
@@ -70,14 +73,63 @@ def refuse_own_parts(kwargs: Mapping[str, Any], trainer: str) -> None:
 
 
 def loaded(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The model itself where its name was given; TRL loads it alike."""
+    """The model itself where its name was given, as TRL's constructor would load it.
+
+    Args:
+        model: or its name.
+        args: of the trainer.
+        kwargs: of the trainer; ``quantization_config`` is taken out, and a missing ``processing_class`` put in.
+
+    Raises:
+        ValueError: ``quantization_config`` is given twice.
+    """
     if not isinstance(model, str):
         return model
-    options = dict(args.model_init_kwargs) if isinstance(args.model_init_kwargs, dict) else {}
+    options = dict(args.model_init_kwargs or {})
     quantization = kwargs.pop("quantization_config", None)
+    if quantization is not None and "quantization_config" in options:
+        raise ValueError(
+            "quantization_config is given to the trainer and in trainer.model_init_kwargs; leave it out of one of them."
+        )
     if quantization is not None:
         options["quantization_config"] = quantization
-    return create_model_from_path(model, **options)
+    set_seed(args.seed)
+    found = loaded_by_name(model, args, **options)
+    if kwargs.get("processing_class") is None:
+        kwargs["processing_class"] = AutoProcessor.from_pretrained(
+            model, revision=options.get("revision"), trust_remote_code=args.trust_remote_code
+        )
+    return found
+
+
+def loaded_by_name(name: str, args: Any, **options: Any) -> Any:
+    """A model under the rules by which TRL's constructors load one.
+
+    Args:
+        name: or folder.
+        args: of the trainer.
+        options: of ``from_pretrained``.
+    """
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(name, **options)
+
+
+@contextmanager
+def without_init_kwargs(args: Any, loaded: bool) -> Iterator[None]:
+    """While TRL's constructor runs, it does not say that the options are ignored by which the model was loaded.
+
+    Args:
+        args: of the trainer.
+        loaded: whether the model was loaded by them; otherwise what TRL says is true.
+    """
+    original = args.model_init_kwargs
+    args.model_init_kwargs = None if loaded else original
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = original
 
 
 @contextmanager
@@ -91,6 +143,22 @@ def without_reference_model(trainer: type) -> Iterator[None]:
         yield
     finally:
         module.create_model_from_path = original
+
+
+@contextmanager
+def without_mismatched_completions(args: Any) -> Iterator[None]:
+    """While TRL's constructor runs, its loss is the one that needs none.
+
+    KTO's would bake a partner into each row by fixed batches, and refuse single rows and other orders than the data's.
+    """
+    if not isinstance(args, KTOConfig):
+        yield
+        return
+    original, args.loss_type = args.loss_type, "apo_zero_unpaired"
+    try:
+        yield
+    finally:
+        args.loss_type = original
 
 
 def refuse_parallelism(accelerator: Any) -> None:
@@ -137,10 +205,9 @@ def _named_heads(model: Any) -> list[tuple[str, Any]]:
 
 def with_head_adapter(model: Any, args: Any, peft_config: PeftConfig) -> PeftModel:
     """Build the PEFT model ourselves where its head is adapted; TRL's constructor would refuse to."""
-    if isinstance(model, str):
-        options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-        model = create_model_from_path(model, **options)
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    # as TRL does, so that one seed gives one adapter
+    set_seed(args.seed)
     # ZeRO-3 gathers into buffers of one dtype: adapters in float32 beside a bf16 base would fail on the first step
     return get_peft_model(model, copy.copy(peft_config), autocast_adapter_dtype=not zero3)
 
@@ -162,6 +229,31 @@ def hidden_head_adapter(model: Any) -> Iterator[None]:
         yield
     finally:
         object.__delattr__(model, "get_output_embeddings")
+
+
+def drop_copied_adapter(model: Any) -> None:
+    """Remove ``ref``, the copy that TRL keeps of an adapter it takes for a trained one, where none is needed."""
+    if isinstance(model, PeftModel) and "ref" in model.peft_config:
+        model.delete_adapter("ref")
+
+
+@contextmanager
+def placed(trainer: Any) -> Iterator[Any]:
+    """The trainer's model on its device; before training under DeepSpeed in an engine of its own for that while."""
+    if trainer.model_wrapped is not trainer.model or not trainer.is_deepspeed_enabled:
+        yield trainer.model_wrapped
+        return
+    engine = prepare_deepspeed(trainer.model, trainer.accelerator)
+    try:
+        yield engine
+    finally:
+        end_engine(engine)
+
+
+def end_engine(model: Any) -> None:
+    """Take the hooks of a DeepSpeed engine off the model inside."""
+    if hasattr(model, "destroy"):
+        model.destroy()
 
 
 def own_collator(theirs: Any, columns: tuple[str, ...], vocab_size: int) -> CompletionCollator:

@@ -1,6 +1,5 @@
 """Unlearning on trl.SFTTrainer: terms on what is to be forgotten, terms on what is to stay, a sum or a constraint."""
 
-import copy
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from posttrain.binding import reference_groups
 from posttrain.combination import DualVariable, parse
 from posttrain.data.collation import ROW_NUMBER
 from posttrain.data.drawing import DrawingSampler, DrawnRows
@@ -27,7 +25,8 @@ from posttrain.term import Term
 from posttrain.terms import Available, build_terms
 from posttrain.trainers.coupling import Computed
 from posttrain.trainers.metrics import MetricSums
-from posttrain.trainers.reference import LiveReference, Needs, needs_vocabulary
+from posttrain.trainers.reference import LiveReference, frozen_copy
+from posttrain.trainers.reference_choice import reference_needs
 from posttrain.trainers.supervised import SupervisedTrainer, side_columns
 
 logger = logging.getLogger(__name__)
@@ -116,15 +115,15 @@ class UnlearningTrainer(SupervisedTrainer):
             raise ValueError("reference is adapter_off, and the model has no adapter; set it to model, or give peft.")
         if self.reference != "model" or isinstance(model, str) or not self._asks_reference(columns):
             return None
-        return copy.deepcopy(model)
+        return frozen_copy(model, {})
 
     def _asks_reference(self, columns: list[str]) -> bool:
         available = Available(roles=ROLES, reference=True, needs_role=True, columns=[*columns, "teacher_ids"])
         terms = build_terms([*self._parsed.terms], available)
-        return bool(reference_groups(terms)) or needs_vocabulary(terms)
+        return reference_needs(terms).any
 
     def _start_reference(self, model: Any) -> LiveReference | None:
-        needs = Needs(reference_groups(self.terms), needs_vocabulary(self.terms))
+        needs = reference_needs(self.terms)
         if not needs.any or self.reference == "none":
             return None
         if self.reference == "model":
@@ -133,7 +132,8 @@ class UnlearningTrainer(SupervisedTrainer):
                 model = type(policy).from_pretrained(policy.config._name_or_path, dtype=policy.dtype)
             attach(model)
             model = self.accelerator.prepare_model(model.eval().requires_grad_(False), evaluation_mode=True)
-        return LiveReference(model, needs, {"backend": self.kernel.backend, "budget": self.kernel.budget})
+        options = {"backend": self.kernel.backend, "budget": self.kernel.budget}
+        return LiveReference(model, needs, options, self.accelerator.autocast)
 
     def _frozen(self, model: nn.Module, model_inputs: dict[str, Any], side: Side) -> tuple[Computed, Any]:
         if self._live_reference is None:

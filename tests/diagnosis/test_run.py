@@ -85,9 +85,8 @@ def test_a_diagnosis_of_pairs(folder, capsys):
     found = json.loads((out / "diagnosis.json").read_text())
     assert found["pairs"]["length"]["chosen_longer"] == 1.0 and "simpo" in found["advice"]["reason"]
     start = load(out / "start.yaml")
-    if start.method == "supervised":
-        assert start.data.train.columns == {"chosen": "completion"}
-        assert main(["train", str(out / "start.yaml"), "trainer.max_steps=1", "evaluation.data=[]"]) == 0
+    assert start.method == "preference" and start.objective == found["advice"]["objective"]
+    assert main(["train", str(out / "start.yaml"), "trainer.max_steps=1", "evaluation.data=[]"]) == 0
 
 
 @pytest.mark.parametrize(

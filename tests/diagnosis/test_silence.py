@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from posttrain.side import Side
 from posttrain.diagnosis.silence import SILENT_BELOW, candidates, gradient_factors, silenced
+from posttrain.side import Side
 
 PROBABILITIES = [0.005, 0.1, 0.5, 0.999]
 LOGP = torch.tensor(PROBABILITIES, dtype=torch.float64).log()

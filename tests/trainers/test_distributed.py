@@ -16,13 +16,13 @@ from tests.trainers.test_gradients import OBJECTIVES, TOLERANCE, relative_differ
 ROOT = Path(__file__).parents[2]
 
 
-def launch(tmp_path, accelerate_config, objective, dtype, batch, accumulation, **options):
-    """Run step.py under a committed accelerate configuration and read what it wrote."""
+def launch(tmp_path, accelerate_config, objective, dtype, batch, accumulation, script="step.py", **options):
+    """Run step.py (or another script beside it) under a committed accelerate configuration and read what it wrote."""
     out = tmp_path / "result.pt"
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", str(ROOT / "launch/accelerate" / accelerate_config),
-        str(ROOT / "tests/trainers/step.py"), str(out), json.dumps(objective), dtype, str(batch), str(accumulation),
+        str(ROOT / "tests/trainers" / script), str(out), json.dumps(objective), dtype, str(batch), str(accumulation),
         json.dumps(options),
     ]  # fmt: skip
     environment = {

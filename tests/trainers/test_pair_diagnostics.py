@@ -120,10 +120,63 @@ def test_calibration_against_scores(tmp_path):
     assert metrics["eval_margin_agrees_with_scores"] == pytest.approx(5 / 6)
 
 
-def test_scores_that_are_missing_are_not_needed(tmp_path):
-    data = [{**row, "score_margin": None if i == 2 else row["score_margin"]} for i, row in enumerate(rows())]
-    metrics = trainer(tmp_path, data=data).evaluate()
-    assert "eval_margin_calibration_error" not in metrics and "eval_dpo/reward_accuracy" in metrics
+def test_pairs_without_a_score_are_left_out_of_the_calibration(tmp_path):
+    data = [{**row, "score_margin": None if i in (2, 5) else row["score_margin"]} for i, row in enumerate(rows())]
+    metrics = trainer(tmp_path, own_margin, data=data, diagnostics={"entanglement_batches": 0}).evaluate()
+    assert metrics["eval_margin_brier_score"] == pytest.approx((1 / (1 + math.exp(2))) ** 2 / 2 + FAR**2 / 2, abs=1e-6)
+
+
+FAR = 1 / (1 + math.exp(-2))
+
+
+def own_margin(chosen_sequence_logp, rejected_sequence_logp):
+    """A margin of 2 for every pair: of the four with scores .5, -1.5, -3.5 and 4.5 two are judged rightly."""
+    return Loss(-chosen_sequence_logp, {"implicit_margin": torch.full_like(chosen_sequence_logp, 2).detach()})
+
+
+def test_a_set_without_scores_can_be_evaluated_later(tmp_path):
+    built = trainer(tmp_path, diagnostics={"entanglement_batches": 0})
+    bare = Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows()])
+    metrics = built.evaluate(bare)
+    assert "eval_margin_brier_score" not in metrics and "eval_dpo/reward_accuracy" in metrics
+
+
+def test_two_scores_make_the_margin(tmp_path):
+    data = [
+        {**{k: row[k] for k in ("prompt", "chosen", "rejected")}, "chosen_score": 2.0, "rejected_score": 0.5 + i}
+        for i, row in enumerate(rows())
+    ]
+    built = trainer(tmp_path, "mmpo", data=data, diagnostics={"entanglement_batches": 0})
+    assert built.train_dataset["score_margin"] == [1.5 - i for i in range(6)]
+
+
+def test_sets_are_told_apart(tmp_path):
+    """Each set has its own gradients, and its own start."""
+    first, second = (Dataset.from_list(rows()[part]) for part in (slice(0, 3), slice(3, 6)))
+    one = trainer(tmp_path)
+    metrics = one.evaluate({"a": first, "b": second})
+    alone = {}
+    for name, data in {"a": first, "b": second}.items():
+        alone[name] = trainer(tmp_path, data=list(data)).evaluate()["eval_gradient_cosine"]
+    assert metrics["eval_a_gradient_cosine"] == pytest.approx(alone["a"], rel=1e-9)
+    assert metrics["eval_b_gradient_cosine"] == pytest.approx(alone["b"], rel=1e-9)
+    assert alone["a"] != pytest.approx(alone["b"], rel=1e-3)
+    other, again = one.evaluate(second), one.evaluate(first)
+    assert other["eval_chosen_logp_change"] == again["eval_chosen_logp_change"] == 0
+
+
+def test_calibration_is_told_of_one_term(tmp_path):
+    none = {"entanglement_batches": 0}
+    alone = trainer(tmp_path, fixed, diagnostics=none).evaluate()
+    both = trainer(tmp_path, [fixed, {"name": "simpo", "weight": 0.1}], diagnostics=none).evaluate()
+    assert both["eval_margin_brier_score"] == pytest.approx(alone["eval_margin_brier_score"])
+
+
+def test_compute_metrics_is_called(tmp_path):
+    seen = []
+    options = {"compute_metrics": lambda prediction: seen.append(prediction.predictions.shape) or {"seen": 1.0}}
+    metrics = trainer(tmp_path, diagnostics={"entanglement_batches": 0}, **options).evaluate()
+    assert metrics["eval_seen"] == 1.0 and seen[0][-1] == len(tiny.VOCABULARY)
 
 
 @pytest.mark.parametrize(("key", "value"), [("patience", -1), ("entanglement_batches", 1.5)])

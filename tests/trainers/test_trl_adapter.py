@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import Trainer
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from posttrain import SupervisedTrainer
@@ -18,6 +18,8 @@ from tests.trainers.step import config
 
 def test_the_hooks_are_still_there():
     assert "loss_is_scaled_for_ga" in vars(Trainer)
+    loader = inspect.signature(Trainer._get_dataloader).parameters
+    assert {"dataset", "batch_size", "sampler_fn", "is_training", "dataloader_key"} <= set(loader)
     assert list(inspect.signature(Trainer._get_num_items_in_batch).parameters) == ["self", "batch_samples", "device"]
     assert list(inspect.signature(SFTTrainer._prepare_dataset).parameters)[1:] == [
         "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name",
@@ -36,8 +38,21 @@ def test_the_collator_keeps_its_settings():
 
 @pytest.mark.parametrize("name", trl_adapter.REPLACED)
 def test_replaced_settings_exist_and_start_where_we_leave_them(name, tmp_path):
-    assert name in SFTConfig.__dataclass_fields__
+    assert any(name in cls.__dataclass_fields__ for cls in (SFTConfig, DPOConfig, KTOConfig))
     trl_adapter.refuse_replaced_settings(config(str(tmp_path), 1, 1))
+
+
+def test_trl_still_bakes_partners_and_advises_on_weights(tmp_path, caplog):
+    """When TRL's KTO draws its partners batch by batch, `without_mismatched_completions` can go."""
+    rows = [{"prompt": "a=", "completion": "12"[i:], "label": i == 0} for i in (0, 1, 0)]
+    args = KTOConfig(str(tmp_path), per_device_train_batch_size=3, bf16=False, use_cpu=True, report_to="none")
+    given = {"train_dataset": Dataset.from_list(rows), "processing_class": tiny.tokenizer()}
+    baked = KTOTrainer(tiny.model(), tiny.model(), args, **given)
+    assert "KL_completion_ids" in baked.train_dataset.column_names and "we recommend" in caplog.text
+    with trl_adapter.without_mismatched_completions(args):
+        plain = KTOTrainer(tiny.model(), tiny.model(), args, **given)
+    assert "KL_completion_ids" not in plain.train_dataset.column_names
+    assert plain.calculate_KL is False and args.loss_type == "kto"
 
 
 def test_trl_still_refuses_what_the_adapter_hides(tmp_path):
