@@ -247,7 +247,8 @@ def _report(
         if item.name not in ("data", "harness", *SUITES, "before", "every")
     }
     reference = partial(_reference, config, model)
-    beta = preference.reward_beta(config.objective)
+    rewards = config.method in ("preference", "binary_feedback")
+    beta = preference.reward_beta(config.objective) if rewards else None
     models: dict[str, Any] = {"checkpoint": checkpoint, "reference": reference, "beta": beta}
     return evaluate(model, tokenizer, sources, **options, **models, progress=True)
 

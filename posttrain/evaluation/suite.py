@@ -75,18 +75,15 @@ def evaluate(
 ) -> Report:
     """Measure a model on every source; a source that allows only one kind of metric is measured in that one.
 
-    `generation` gives pass@k for each k and maj@k for each k > 1; with temperature 0 and one sample, pass@1 is greedy
-    exact match. `likelihood` gives nll (nats/token), perplexity, mean_target_probability, token_accuracy, entropy
-    (nats) and expected_calibration_error. `preference` judges held-out pairs, see `preference.Pairs`. Every number has
-    a percentile bootstrap interval over rows.
+    `generation` gives pass@k, and maj@k for k > 1 (with temperature 0 and one sample pass@1 is greedy exact match),
+    `likelihood` nll (nats/token), perplexity, mean_target_probability, token_accuracy, entropy (nats) and
+    expected_calibration_error; for `preference` see `preference.Pairs`. Intervals are bootstrap percentiles over rows.
 
     Args:
         model, tokenizer: any Hugging Face causal language model, plain or PEFT; both come back as they were.
-        sources: name -> `Source`, its rows alone, or a task from `harness.load` with its own metrics and sampling, or a
-            `Benchmark`, which is reported as several sources.
+        sources: name -> `Source`, its rows, a task from `harness.load`, or a `Benchmark` (reported as several sources).
         metrics: any of `generation`, `likelihood` and `preference`.
-        samples, temperature, top_p, max_new_tokens, batch_size, seed: see `generation.Sampling`.
-        k: of pass@k and maj@k, each at most `samples`.
+        samples, temperature, top_p, max_new_tokens, batch_size, seed: see `generation.Sampling`; each k <= `samples`.
         max_length: longest row whose likelihood is measured, in tokens; None takes the model's positions.
         resamples, level: of the bootstrap intervals, seeded with `seed`.
         backend: what samples: `transformers`, or `vllm` where it is installed.
@@ -95,13 +92,12 @@ def evaluate(
         progress: show progress bars.
 
     Raises:
-        ValueError: a setting out of range; a source without rows, or whose rows allow none of the metrics; as in
-            `generation.generate` and `likelihood.likelihood`.
+        ValueError: a setting out of range; a source without rows or whose rows allow none of the metrics.
         ImportError: a verifier's package, or vllm where it is the backend, is not installed.
     """
     sampling = Sampling(samples, temperature, top_p, max_new_tokens, batch_size, seed)
-    numbers = (tuple(sorted(set(k))), max_length, resamples, level)
-    plan = Plan(tuple(metrics), sampling, *numbers, progress, backend, checkpoint, reference, beta)
+    last = (max_length, resamples, level, progress, backend, checkpoint, reference, beta)
+    plan = Plan(tuple(metrics), sampling, tuple(sorted(set(k))), *last)
     results: dict[str, SourceReport] = {}
     options: dict[str, Any] = {"batch_size": batch_size, "resamples": resamples, "level": level, "seed": seed}
     for name, source in sources.items():
