@@ -133,6 +133,8 @@ class ReferenceCache:
 
     Raises:
         ValueError: the folder holds numbers of another fingerprint; what differs is named.
+
+    Chunks carry the fingerprint in their names, so that runs which start in one folder at once never read each other's.
     """
 
     def __init__(self, folder: Path, fingerprint: Fingerprint, rows: int, chunk_rows: int = CHUNK_ROWS) -> None:
@@ -141,11 +143,9 @@ class ReferenceCache:
         self._check()
 
     def _check(self) -> None:
-        manifest = self.folder / MANIFEST
-        if not manifest.exists():
+        found, mine = self._manifest(), asdict(self.fingerprint)
+        if found is None:
             return
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        mine = asdict(self.fingerprint)
         said = {
             "weights": "another reference model (its weights or settings differ)",
             "data": "other rows (their tokens, number or order differ)",
@@ -159,9 +159,14 @@ class ReferenceCache:
                 "folder to compute it anew, or set reference_cache to another one."
             )
 
+    def _manifest(self) -> dict[str, str] | None:
+        path = self.folder / MANIFEST
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
     def missing(self) -> list[range]:
-        """The chunks of rows that are not there yet."""
-        return [chunk for chunk in self.chunks if not self._file(chunk).exists()]
+        """The chunks of rows that are not there yet, or of which the folder does not say what they are."""
+        known = self._manifest() == asdict(self.fingerprint)
+        return [chunk for chunk in self.chunks if not (known and self._file(chunk).exists())]
 
     def start(self) -> None:
         """Make the folder and say in it what the numbers will be of."""
@@ -187,7 +192,7 @@ class ReferenceCache:
         return concatenate_datasets([dataset, concatenate_datasets(parts)], axis=1)
 
     def _file(self, chunk: range) -> Path:
-        return self.folder / f"rows-{chunk.start:09d}-{chunk.stop:09d}.arrow"
+        return self.folder / f"{self.fingerprint.digest[:16]}-{chunk.start:09d}-{chunk.stop:09d}.arrow"
 
     def _replace(self, path: Path, content: bytes | memoryview) -> None:
         # an interrupted write leaves no half file, and other processes may write the same at the same time

@@ -101,9 +101,34 @@ def test_what_is_there_is_not_missing_and_a_half_file_is(tmp_path):
     cache = ReferenceCache(tmp_path, FINGERPRINT, rows=4, chunk_rows=2)
     cache.start()
     cache.write(range(2, 4), {"sums": [0.0, 1.0]})
-    (tmp_path / "rows-000000000-000000002.arrow.17.partial").write_bytes(b"half")
+    (tmp_path / f"{cache._file(range(2)).name}.17.partial").write_bytes(b"half")
     again = ReferenceCache(tmp_path, FINGERPRINT, rows=4, chunk_rows=2)
     assert again.missing() == [range(2)]
+
+
+def test_two_runs_that_start_in_one_folder_read_their_own_chunks(tmp_path):
+    other = dataclasses.replace(FINGERPRINT, weights="other")
+    caches = [ReferenceCache(tmp_path, one, rows=4, chunk_rows=2) for one in (FINGERPRINT, other)]
+    for cache in caches:
+        cache.start()
+        assert cache.missing() == cache.chunks
+    for chunk in caches[0].chunks:
+        for number, cache in enumerate(caches):
+            cache.write(chunk, {"sums": [float(number)] * 2})
+    for number, cache in enumerate(caches):
+        assert cache.join(Dataset.from_dict({"row": list(range(4))}))["sums"][:] == [number] * 4
+
+
+def test_chunks_without_their_manifest_are_missing(tmp_path):
+    cache = ReferenceCache(tmp_path, FINGERPRINT, rows=2)
+    cache.start()
+    cache.write(range(2), {"sums": [0.0, 1.0]})
+    assert not cache.missing()
+    (tmp_path / MANIFEST).unlink()
+    assert ReferenceCache(tmp_path, FINGERPRINT, rows=2).missing() == [range(2)]
+    other = ReferenceCache(tmp_path, dataclasses.replace(FINGERPRINT, weights="other"), rows=2)
+    other.start()
+    assert other.missing() == [range(2)]
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,8 @@ def _planned(
     train = (run.tree.get("data") or {}).get("train")
     if isinstance(train, dict) and train.get("task") is not None:
         train["seed"] = int(train.get("seed") or 0) + seed
+    elif isinstance(train, dict) and train.get("path") is not None:
+        train["path"] = str(train["path"]).replace("{seed}", str(seed))
     return dataclasses.replace(run, hyperparameters=variant.hyperparameters)
 
 

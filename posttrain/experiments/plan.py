@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,7 @@ def validate(plan: Plan) -> None:
     """
     from posttrain.combination import parse
     from posttrain.config import from_tree
-    from posttrain.terms import Available, build_terms
 
-    everything = Available(_Anything(), _Anything(), reference=True, teacher=True)
     checked: set[str] = set()
     trees = [(run.objective, run.tree) for run in plan.runs if not plan.jobs[run.name].is_done()]
     trees += [(trial.run.objective, job.tree) for trial, job in plan.trials if job.tree and not job.is_done()]
@@ -162,17 +161,41 @@ def validate(plan: Plan) -> None:
         checked.add(text)
         try:
             read = from_tree(expand(tree))
-            terms: Any = parse(read.objective).terms if read.method == "unlearning" else read.objective
-            build_terms(terms, everything)
+            _check_objective(parse(read.objective).terms if read.method == "unlearning" else read.objective)
         except ValueError as error:
             raise ValueError(f"{objective}: {error}") from error
 
 
+def _check_objective(objective: Any) -> None:
+    """Raise a ValueError where an objective works with no data: not with all optional columns, nor with one left out,
+    as where two of them are alternatives."""
+    from posttrain import objectives
+    from posttrain.statistics import signature
+    from posttrain.terms import Available, build_terms
+
+    def build(*missing: str) -> None:
+        build_terms(objective, Available(_Anything(missing), _Anything(), reference=True, teacher=True))
+
+    try:
+        build()
+    except ValueError as error:
+        for term in objective if isinstance(objective, list) else [objective]:
+            name = term.get("name") if isinstance(term, Mapping) else term
+            if name in objectives.names():
+                for column in signature(objectives.get(str(name))).optional:
+                    with suppress(ValueError):
+                        return build(column)
+        raise error
+
+
 class _Anything(Collection[str]):
-    """Holds every name: which columns and roles there are is known when the data are read."""
+    """Holds every name but some: which columns and roles there are is known when the data are read."""
+
+    def __init__(self, missing: Collection[str] = ()) -> None:
+        self._missing = missing
 
     def __contains__(self, name: object) -> bool:
-        return True
+        return name not in self._missing
 
     def __iter__(self) -> Iterator[str]:
         return iter(())

@@ -62,8 +62,9 @@ class CompareConfig:
         bases: label -> ``model.name_or_path``, or keys of ``model:``; None takes ``run.model``.
         data: label -> ``train``, ``eval`` and ``evaluation`` (a list of sources, or keys of ``evaluation:``), laid over
             those of ``run``; a source with a path or task of its own replaces the other. None takes ``run.data``.
-        seeds: each is ``trainer.seed`` of one run, and is added to ``data.train.seed`` where the data are a task's.
-            The evaluation's seed and rows are the same for all.
+        seeds: each is ``trainer.seed`` of one run, and is added to ``data.train.seed`` where the data are a task's; in
+            ``data.train.path`` of a file it stands for ``{seed}``, so that each seed may have rows of its own. The
+            evaluation's seed and rows are the same for all.
         vary: dotted key of ``run`` -> values; every objective is run with each, called ``label(learning_rate=0.001)``.
         tune: None takes the settings as they stand.
         overrides_for: objective's label, with or without its grid's values -> dotted keys set for it alone.

@@ -1,11 +1,14 @@
 """Whether the pairs of a micro-batch share their prompt's row: the setting ``shared_prefix``."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
+from posttrain.data.preference_collation import PairCollator
 from posttrain.modeling import causal_lm, shared_prefix_obstacle, worthwhile
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,14 @@ def prompt_sharing(setting: bool | str, models: Sequence[nn.Module]) -> Callable
         return always
     config = causal_lm(models[0]).config.get_text_config()
     return functools.partial(worthwhile, width=config.hidden_size, implementation=config._attn_implementation)
+
+
+def separate_rows(collator: Any) -> Any:
+    """The collator with a row for each completion.
+
+    What is computed once and kept must not depend on a layout that the trial before the first step may refuse.
+    """
+    return dataclasses.replace(collator, shares_prompts=None) if isinstance(collator, PairCollator) else collator
 
 
 def always(*lengths: Sequence[int]) -> bool:

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import create_model_from_path, use_adapter
 
 from posttrain.binding import REFERENCE
-from posttrain.modeling import StatisticsGroup, VocabRequest
+from posttrain.modeling import StatisticsGroup, VocabRequest, check_head
 from posttrain.side import Side
 from posttrain.term import KernelOptions
+from posttrain.trainers.coupling import preserved_random_state
 from posttrain.trainers.reference_choice import Needs
 
 
@@ -36,9 +37,10 @@ def frozen_copy(model: PreTrainedModel | PeftModel, options: Mapping[str, Any]) 
             "ZeRO-3 sharded the policy while it was loaded, so that no copy of it can be made; give the reference by "
             "name (reference_model, or ref_model in Python)."
         )
-    defaults = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation, "device_map": None}
+    defaults = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     revision = getattr(model.config, "_commit_hash", None)
-    return create_model_from_path(name, **{**defaults, **({"revision": revision} if revision else {}), **options})
+    found = {**defaults, **({"revision": revision} if revision else {}), **options, "device_map": None}
+    return create_model_from_path(name, **found)
 
 
 class LiveReference:
@@ -59,6 +61,7 @@ class LiveReference:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model, self.needs, self.options, self.autocast = model, needs, options, autocast
+        self._checked = False
 
     @torch.no_grad()
     def __call__(
@@ -71,6 +74,9 @@ class LiveReference:
             unwrapped: the policy's own module.
             inputs: of the model.
             side: of the micro-batch.
+
+        Raises:
+            RuntimeError: on the first call, what is read as its head does not give its own logits.
         """
         groups = tuple(
             StatisticsGroup(wanted, temperature=options.temperature, layer=options.layer)
@@ -86,6 +92,10 @@ class LiveReference:
         )
         runs = self.model if self.model is not None else policy
         with without_adapter(unwrapped) if self.model is None else nullcontext(), self.autocast():
+            if not self._checked:
+                with preserved_random_state(inputs["input_ids"].device):
+                    check_head(runs, inputs["input_ids"][:1, :8])
+                self._checked = True
             outputs = runs(**inputs, vocab_request=request)
         answers = outputs.statistics or ()
         found = {

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -16,21 +16,17 @@ from posttrain.config import KernelConfig
 from posttrain.modeling import attach
 from posttrain.side import Side
 from posttrain.trainers import trl_adapter
+from posttrain.trainers.checkpoints import ReferenceInCheckpoints
 from posttrain.trainers.coupling import Computed
 from posttrain.trainers.evaluating import NOT_FOR_MODEL
 from posttrain.trainers.reference import LiveReference, frozen_copy, without_dropout
 from posttrain.trainers.reference_choice import Circumstances, Needs, choose
 from posttrain.trainers.reference_pass import Ask, ReferencePass, shared_hash_of
 
-if TYPE_CHECKING:
-    from transformers import Trainer as Host
-else:
-    Host = object
-
 logger = logging.getLogger(__name__)
 
 
-class ReferenceHandling(Host):
+class ReferenceHandling(ReferenceInCheckpoints):
     """The part of `posttrain.trainers.referenced.ReferencedMixin` that has to do with the reference model.
 
     Cached log-probabilities are computed at the end of the constructor: the policy has its first weights only there,
@@ -65,7 +61,7 @@ class ReferenceHandling(Host):
 
         Args:
             model: the policy, loaded, without an adapter that is still to be made.
-            given: the reference model that the trainer was given.
+            given: the reference model that the trainer was given, or its name.
         """
         self._policy_is_reference = given is None
         if self.reference == "none" and given is not None:
@@ -74,7 +70,10 @@ class ReferenceHandling(Host):
             return None
         if given is None and (self.reference == "model" or here.fsdp):
             self._policy_is_reference = False
-            given = frozen_copy(model, args.model_init_kwargs or {})
+            given = frozen_copy(model, {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})})
+        if isinstance(given, str):
+            attention = model.config._attn_implementation
+            given = trl_adapter.loaded_by_name(given, args, dtype=model.dtype, attn_implementation=attention)
         if self.reference == "cached":
             source = model if given is None else given
             trained = source.active_adapter if isinstance(source, PeftModel) else None

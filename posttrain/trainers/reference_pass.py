@@ -20,6 +20,7 @@ from posttrain.modeling import causal_lm
 from posttrain.reduction import segment_sum, sum_dtype
 from posttrain.reference_cache import Fingerprint, ReferenceCache, folder_beside, hash_rows, hash_weights
 from posttrain.side import Side
+from posttrain.trainers.prompt_sharing import separate_rows
 from posttrain.trainers.reference_choice import Needs
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class ReferencePass:
         folder: holds one folder for each data set; None keeps them beside the data sets' own cache files, or in the
             run's output folder.
         roles: of a row's completions.
-        collator: of the trainer.
+        collator: of the trainer; every completion gets a row of its own.
         args: of the trainer.
         accelerator: of the trainer.
     """
@@ -70,7 +71,7 @@ class ReferencePass:
         accelerator: Accelerator,
     ) -> None:
         self.needs, self.weights, self.folder, self.roles = needs, weights, folder, tuple(roles)
-        self.collator, self.args, self.accelerator = collator, args, accelerator
+        self.collator, self.args, self.accelerator = separate_rows(collator), args, accelerator
         precision = str(causal_lm(model).dtype).removeprefix("torch.")
         mixed = str(accelerator.mixed_precision)
         self.precision = precision if mixed == "no" else f"{precision} under {mixed} autocast"

@@ -44,7 +44,7 @@ class ReferencedMixin(ReferenceHandling, ObjectiveMixin):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: str | PreTrainedModel | None = None,
         args: Any = None,
         *,
         objective: Objective | list[Objective] | None = None,
@@ -71,6 +71,7 @@ class ReferencedMixin(ReferenceHandling, ObjectiveMixin):
         trl_adapter.refuse_prompt_learning(model, peft_config)
         here = circumstances(args, train_dataset, eval_dataset, model, ref_model, peft_config)
         self._choose_reference(reference, needs, here, reference_cache)
+        named = isinstance(model, str)
         model = trl_adapter.loaded(model, args, kwargs)
         ref_model = self._reference_model(here, args, model, ref_model)
         fresh_adapter = peft_config is not None
@@ -78,6 +79,7 @@ class ReferencedMixin(ReferenceHandling, ObjectiveMixin):
             model, peft_config = trl_adapter.with_head_adapter(model, args, peft_config), None
         with (
             trl_adapter.hidden_head_adapter(model),
+            trl_adapter.without_init_kwargs(args, named),
             trl_adapter.without_reference_model(type(self)),
             trl_adapter.without_mismatched_completions(args),
         ):

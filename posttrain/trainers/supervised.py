@@ -76,9 +76,12 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
         _check_eval_columns(eval_dataset, self._columns)
         _check_packing(args, self._sequence_term, self._columns)
         trl_adapter.refuse_prompt_learning(model, peft_config)
+        loads = False
         if peft_config is not None and trl_adapter.adapts_head(peft_config, model):
+            loads = isinstance(model, str)
+            model = trl_adapter.loaded(model, args, kwargs)
             model, peft_config = trl_adapter.with_head_adapter(model, args, peft_config), None
-        with trl_adapter.hidden_head_adapter(model):
+        with trl_adapter.hidden_head_adapter(model), trl_adapter.without_init_kwargs(args, loads):
             super().__init__(
                 model=model,
                 args=args,

@@ -178,3 +178,9 @@ def test_a_mistake_in_a_run_is_found_before_anything_runs(tmp_path: Path, change
     with pytest.raises(ValueError) as error:
         validate(made)
     assert words in str(error.value)
+
+
+def test_an_objective_that_takes_one_of_two_columns_is_no_mistake(tmp_path: Path) -> None:
+    validate(fake.plan(tmp_path, objectives={"mmpo": "mmpo", "kto": "kto", "madpo": {"name": "madpo", "tau": 6.9}}))
+    with pytest.raises(ValueError, match="mmpo: gamma"):
+        validate(fake.plan(tmp_path, objectives={"mmpo": {"name": "mmpo", "gamma": -1.0}}))

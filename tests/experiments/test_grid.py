@@ -41,6 +41,11 @@ def test_a_source_with_other_rows_replaces_the_one_of_run(tmp_path: Path) -> Non
     assert run.tree["data"]["train"] == {"path": "rows.jsonl"}, "a file has no task, size or seed"
 
 
+def test_each_seed_may_have_a_file_of_its_own(tmp_path: Path) -> None:
+    config = fake.config(tmp_path, data={"file": {"train": {"path": "rows-{seed}.jsonl"}}}, seeds=[0, 7])
+    assert [run.tree["data"]["train"]["path"] for run in expand(config)][:2] == ["rows-0.jsonl", "rows-7.jsonl"]
+
+
 def test_vary_and_overrides_are_in_the_label_and_the_hyperparameters(tmp_path: Path) -> None:
     config = fake.config(
         tmp_path,

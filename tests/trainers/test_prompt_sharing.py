@@ -99,6 +99,32 @@ def test_the_trial_runs_before_the_first_step(tmp_path):
         built.train()
 
 
+class SeesItsNeighbour(torch.nn.Module):
+    """A layer that looks at the position before in the row, as a convolution or a token shift does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden):
+        found = self.inner(hidden)
+        return found + torch.nn.functional.pad(found, (0, 0, 1, 0))[:, :-1]
+
+
+def test_a_layout_that_the_trial_refuses_leaves_no_trace_in_the_cache(tmp_path):
+    found = []
+    for setting in (True, False):
+        model = tiny.model()
+        model.model.layers[0].mlp = SeesItsNeighbour(model.model.layers[0].mlp)
+        built = trainer(tmp_path, setting, model, reference="cached", reference_cache=tmp_path / str(setting))
+        found.append(built.train_dataset["rejected_reference_sum_logp"][:])
+        if setting:
+            assert built.data_collator.shares_prompts is not None
+            with pytest.raises(RuntimeError, match="shared_prefix is not exact here"):
+                built.train()
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 def test_settings(tmp_path):
     with pytest.raises(ValueError, match="shared_prefix is 'yes'; give auto, true or false"):
         trainer(tmp_path, "yes")

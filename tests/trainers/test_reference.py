@@ -242,9 +242,48 @@ def test_a_folder_of_one_s_own_is_refused_when_stale(tmp_path):
 
 def test_a_reference_that_breaks_is_named_with_its_rows(tmp_path):
     broken = tiny.model(seed=1)
-    broken.model.norm.weight.data.fill_(math.nan)
-    with pytest.raises(ValueError, match=r"8 rows a chosen_reference_sum_logp that is not finite: rows 0, 1"):
+    broken.model.embed_tokens.weight.data[tiny.VOCABULARY.index("9")] = math.nan
+    with pytest.raises(ValueError, match=r"8 rows a rejected_reference_sum_logp that is not finite: rows 0, 1"):
         build(tmp_path, reference="cached", ref_model=broken)
+
+
+def misread(model, where=lambda: True):
+    """Let the model scale its logits by what no config says."""
+
+    def scale(module, inputs, output):
+        if getattr(output, "logits", None) is not None and where():
+            output.logits = 1.5 * output.logits
+        return output
+
+    model.register_forward_hook(scale)
+
+
+@pytest.mark.parametrize("kind", ["cached", "model"])
+def test_a_reference_whose_head_is_read_wrongly_is_refused_before_it_is_asked(tmp_path, kind):
+    reference = tiny.model(seed=1)
+    misread(reference)
+    with pytest.raises(RuntimeError, match="differ from those of the model's own logits"):
+        build(tmp_path, reference=kind, ref_model=reference).train()
+    assert not list(tmp_path.rglob("*.arrow"))
+
+
+def test_an_adapter_on_the_head_is_checked_switched_off(tmp_path):
+    model = tiny.model(tie_word_embeddings=False)
+    built = build(tmp_path, model=model, peft_config=lora("lm_head"), reference="adapter_off")
+    head = built.model.get_output_embeddings()
+    misread(model, lambda: head.disable_adapters)
+    with pytest.raises(RuntimeError, match="differ from those of the model's own logits"):
+        built.train()
+
+
+@pytest.mark.parametrize("kind", ["cached", "model"])
+def test_a_reference_given_by_name_is_loaded_in_the_policy_s_dtype(tmp_path, kind):
+    tiny.model(seed=1).save_pretrained(tmp_path / "reference")
+    trainer = build(tmp_path, dtype=torch.float64, ref_model=str(tmp_path / "reference"), reference=kind)
+    expected = dense_sums(tiny.model(seed=1), trainer.train_dataset)
+    found = live_sums(trainer) if kind == "model" else {r: trainer.train_dataset[n][:] for r, n in SUM.items()}
+    for role in SUM:
+        assert found[role] == pytest.approx(expected[role], rel=1e-12)
 
 
 def test_rows_that_come_later_are_computed_while_the_reference_is_at_hand(tmp_path):

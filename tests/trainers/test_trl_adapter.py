@@ -1,18 +1,21 @@
 """What posttrain leans on in TRL and transformers: each fails here first, and by name, when it changes."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import Trainer
 from trl import DPOConfig, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from posttrain import SupervisedTrainer
+from posttrain import PreferenceTrainer, SupervisedTrainer
 from posttrain.trainers import trl_adapter
 from tests import tiny
+from tests.trainers import preference_step
 from tests.trainers.step import config
 
 
@@ -93,3 +96,62 @@ def test_virtual_tokens_are_refused(tmp_path):
             processing_class=tiny.tokenizer(),
             peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
         )
+
+
+@pytest.mark.parametrize("kind", [DistributedType.MULTI_GPU, DistributedType.DEEPSPEED, DistributedType.NO])
+def test_a_name_is_loaded_by_the_rules_of_trl(monkeypatch, kind):
+    found = {}
+    monkeypatch.setattr(trl_adapter, "create_model_from_path", lambda name, **options: found.update(model=options))
+    processor = SimpleNamespace(from_pretrained=lambda name, **options: found.update(processor=options) or "processor")
+    monkeypatch.setattr(trl_adapter, "AutoProcessor", processor)
+    given = {"revision": "main", "device_map": "auto"}
+    state = SimpleNamespace(distributed_type=kind)
+    args = SimpleNamespace(model_init_kwargs=given, trust_remote_code=True, seed=1, distributed_state=state)
+    kwargs = {"quantization_config": "four bits"}
+    torch.manual_seed(5)
+    trl_adapter.loaded("some/model", args, kwargs)
+    assert torch.initial_seed() == 1 and kwargs == {"processing_class": "processor"}
+    assert found["model"] == {
+        "revision": "main",
+        "device_map": "auto" if kind == DistributedType.NO else None,
+        "trust_remote_code": True,
+        "quantization_config": "four bits",
+    }
+    assert found["processor"] == {"revision": "main", "trust_remote_code": True} and given["device_map"] == "auto"
+    args.model_init_kwargs = {"quantization_config": "eight bits"}
+    with pytest.raises(ValueError, match="leave it out of one of them"):
+        trl_adapter.loaded("some/model", args, {"quantization_config": "four bits"})
+
+
+def adapting_the_head(kind, tmp_path, model, **options):
+    """A trainer whose adapter is on the head."""
+    lora = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    own = {"processing_class": None if isinstance(model, str) else tiny.tokenizer(), "peft_config": lora}
+    if kind is SupervisedTrainer:
+        data, args = Dataset.from_list(tiny.rows()), config(str(tmp_path), 4, 1, **options)
+    else:
+        data, args = Dataset.from_list(preference_step.rows()), preference_step.config(str(tmp_path), 4, 1, **options)
+    return kind(model, args=args, train_dataset=data, **own)
+
+
+@pytest.mark.parametrize("kind", [SupervisedTrainer, PreferenceTrainer])
+def test_options_that_loaded_the_model_are_not_said_to_be_ignored(tmp_path, caplog, kind):
+    place, options = str(tmp_path / "base"), {"model_init_kwargs": {"dtype": "bfloat16"}}
+    tiny.model(tie_word_embeddings=False).save_pretrained(place)
+    tiny.tokenizer().save_pretrained(place)
+    trainer = adapting_the_head(kind, tmp_path, place, **options)
+    assert trainer.model.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert trainer.args.model_init_kwargs == {"dtype": "bfloat16"} and "will be ignored" not in caplog.text
+    adapting_the_head(kind, tmp_path, tiny.model(tie_word_embeddings=False), **options)
+    assert "will be ignored" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [SupervisedTrainer, PreferenceTrainer])
+def test_a_fresh_adapter_on_the_head_is_that_of_the_seed(tmp_path, kind):
+    found = []
+    for state in (5, 6):
+        model = tiny.model(tie_word_embeddings=False)
+        torch.manual_seed(state)
+        head = adapting_the_head(kind, tmp_path, model, seed=3).model.get_output_embeddings()
+        found.append(head.lora_A["default"].weight.detach().clone())
+    assert torch.equal(*found)
