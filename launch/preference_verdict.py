@@ -73,7 +73,7 @@ def draw_accuracy(panel: Any, comparison: Comparison, claim: Claim, data: str, s
     metric = f"{source}/reward_accuracy" if f"{source}/reward_accuracy" in claim.metrics else "reward_accuracy"
     shown = [row for row in rows if metric in row]
     for place, row in enumerate(shown):
-        panel.errorbar(place, row[metric]["value"], row[metric]["half_width"], fmt="o", capsize=4)
+        panel.errorbar(place, row[metric]["value"], row[metric]["half_width"], fmt="o", capsize=4, color=f"C{place}")
     panel.set_xticks(range(len(shown)), [row["objective"] for row in shown], rotation=35, ha="right")
     panel.set(title=f"{data}: {source}", ylabel="reward accuracy (95 % over seeds)")
     panel.margins(x=0.15)
@@ -85,11 +85,11 @@ def draw_pairs(comparison: Comparison, claim: Claim) -> Figure:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_accuracy(left, comparison, claim, data, WORDS)
-    for objective in dict.fromkeys(run.objective for run in comparison.runs):
+    for place, objective in enumerate(dict.fromkeys(run.objective for run in comparison.runs)):
         runs = [run for run in comparison.runs if run.objective == objective and run.items]
         confidence, truth = reliability(runs)
         if confidence:
-            right.plot(confidence, truth, marker="o", markersize=3, label=objective)
+            right.plot(confidence, truth, marker="o", markersize=3, color=f"C{place}", label=objective)
     right.plot([0.5, 1], [0.5, 1], color="black", linewidth=0.6)
     right.set(xlabel="probability by the margin", ylabel="true probability", title="reliability of margins, all seeds")
     right.legend(frameon=False, fontsize=8)
