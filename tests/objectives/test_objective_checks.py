@@ -61,7 +61,8 @@ def test_shapes():
 
 
 def test_names_families_and_paths_lead_to_the_same_functions():
-    assert set(objectives.families()) == {"supervised", "confidence", "distillation", "preference", "binary_feedback"}
+    families = {"supervised", "confidence", "distillation", "preference", "binary_feedback", "unlearning"}
+    assert set(objectives.families()) == families
     assert sorted(objectives.names()) == sorted(name for family in objectives.families().values() for name in family)
     assert len(set(objectives.names())) == len(objectives.names())
     nll = objectives.get("nll")
