@@ -47,7 +47,7 @@ if [[ $# -eq 0 ]]; then
   names=(tofu_tiny tofu_tiny_constraint authors_tiny)
 fi
 for name in "${names[@]}"; do
-  if [[ "$name" == authors_tiny ]]; then
+  if [[ "$name" == authors_tiny* ]]; then
     folder=authors_tiny
   else
     folder=tofu_tiny
