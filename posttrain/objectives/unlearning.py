@@ -136,15 +136,17 @@ def unlikelihood(logp: Tokens) -> Loss:
 
     Gradient: dL/dlogp = p / (1 - p), so that the logits' gradient stays bounded: p for the target's, -p q_k for the
     others, q the policy without the target. That is the gradient of CE-U, cross-entropy with sg(q); its code leaves out
-    each answer's first token, which counts here. The value is held where 1 - p vanishes (87 in float32), and there the
-    gradient is 0: in float32 that happens to tokens with 1 - p of about 1e-7 and less, whose logp is 0.
+    each answer's first token, which counts here. 1 - p counts as no less than the rounding of 1 (1.2e-7 in float32,
+    where the value is 16): a logp of 0 tells no more. The pull on the other logits fades below it, and does not stop.
 
     Args:
         logp: (tokens,) nats, log-probability of each target token.
     Returns:
         values (tokens,) in nats, unreduced, >= 0; metrics (tokens,): nll in nats, probability.
     """
-    return Loss(-maths.log1mexp(logp), _watched(logp))
+    # subtracted, not clamped: the gradient at a logp of 0 is that of the least 1 - p, for what is known best moves too
+    held = logp - torch.relu(logp.detach() + torch.finfo(logp.dtype).eps)
+    return Loss(-maths.log1mexp(held), _watched(logp))
 
 
 @declare(

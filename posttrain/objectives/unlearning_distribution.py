@@ -34,8 +34,9 @@ def undial(
     With c = 1 - e^-beta the adjusted teacher is t_y = (1 - c) r_y / (1 - c r_y) and t_k = r_k / (1 - c r_y) elsewhere,
     so the cross-entropy is (forward_kl + teacher_entropy + c r_y logp) / (1 - c r_y), and no row of logits is held.
     Gradient with respect to the logits: s - t. Where the reference is certain (1 - r_y below e^-beta) the two sums
-    cancel: float32 values then carry an error of up to 1e-7 e^beta relative to the sums. Prompt and padding positions
-    do not count, unlike in open-unlearning.
+    cancel: float32 values then carry an error of up to 1e-7 e^beta relative to the sums, and the logits' gradient one
+    of some 1e-7 e^beta (0.01 at beta 10) beside entries of at most 1. Prompt and padding positions do not count, unlike
+    in open-unlearning. ``teacher_logp`` is the reference's logp from the pass that the other two need anyway.
 
     Args:
         logp: (tokens,) nats, log-probability of each target token.
@@ -94,9 +95,9 @@ def uniform_kl(logsumexp: Tokens, mean_logit: Tokens) -> Loss:
     """KL from the uniform distribution over the vocabulary to the policy, plus the constant log V.
 
     The statistics do not know the size V of the vocabulary, so the value is the cross-entropy with the uniform
-    distribution: log V, not 0, where the policy is uniform. The constant changes no gradient. Gradient with respect to
-    the logits: s - 1/V. The authors' code adds 1e-12 to s, which stops the gradient of tokens rarer than that; this has
-    no such floor.
+    distribution: log V, not 0, where the policy is uniform. The constant changes no gradient; the bound of a constraint
+    has to count it in. Gradient with respect to the logits: s - 1/V. The authors' code adds 1e-12 to s, which stops the
+    gradient of tokens rarer than that; this has no such floor.
 
     Args:
         logsumexp: (tokens,) log sum exp of the logits.

@@ -58,9 +58,10 @@ def flat(mean_probability: Sequences, refusal_mean_probability: Sequences, *, di
     """FLAT: a template answer becomes likelier and the answer to forget less likely; no retain data, no reference.
 
     Not as in the authors' code: there reverse KL, squared Hellinger and Neyman use g(v) = -e^v or 1 - e^v, which fall
-    in v, so that minimising teaches the answer to forget and unlearns the template; here g rises, -e^-v and 1 - e^-v.
-    Neyman's f* is applied to v there, not to g(v). Its conjugate for Jeffreys is a Taylor polynomial, 1.4 % off at
-    v = 1; here it is exact. v is a mean over the completion's own tokens: padding does not count as probability 0.
+    in v, so that minimising unlearns the template and, but for Neyman, teaches the answer to forget; here g rises,
+    -e^-v and 1 - e^-v. Neyman's f* is applied to v there, not to g(v). Its conjugate for Jeffreys is a Taylor
+    polynomial, 1.4 % off at v = 1; here it is exact. v is a mean over one completion's own tokens; there prompt and
+    padding count as probability 0, and g and f* are taken of the mean over the micro-batch.
 
     Gradient: dL/dmean_probability = d f*(g(v))/dv > 0, dL/drefusal_mean_probability = -g'(v) < 0; for ``tv`` they are
     (1 - tanh(v)^2) / 2 and its negative.

@@ -97,6 +97,25 @@ def test_unlikelihood_s_logit_gradient_stays_bounded_where_the_model_is_certain(
     torch.testing.assert_close(target, torch.ones_like(target), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("gap", [16.5, 18.0, 20.0])
+def test_unlikelihood_moves_what_float32_holds_for_certain(gap):
+    """logp is 0 there, and nothing but the other tokens' own shares says how far from certain the model is."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(1, 50, generator=generator, dtype=torch.float64)
+    others = z[:, 1:].logsumexp(1)
+    z[:, 0] = others + gap
+    rounded = z.float().requires_grad_()
+    logp = rounded.log_softmax(1)[:, 0]
+    assert logp.item() == 0
+    loss = unlikelihood(logp)
+    found = gradient(loss.values, rounded)[:, 1:].double()
+    eps = torch.finfo(torch.float32).eps
+    # the truth would be -q_k; what is left out is that 1 - p is less than eps
+    q = (z[:, 1:] - others).exp()
+    torch.testing.assert_close(found, -q * math.exp(-gap) / eps, rtol=1e-4, atol=0)
+    assert loss.values.item() == pytest.approx(-math.log(eps), rel=1e-6)
+
+
 def test_token_npo_is_npo_of_one_token():
     logp, reference = log_of([0.9, 0.3, 0.01]), log_of([0.5, 0.4, 0.2]).detach()
     torch.testing.assert_close(token_npo(logp, reference, beta=4.0).values, npo(logp - reference, beta=4.0).values)
