@@ -44,6 +44,7 @@ class Available:
         reference: whether there is a reference model.
         teacher: whether there is a teacher for the kernel's teacher statistics; else the reference is the teacher.
         needs_role: whether every completion has a role, so that a statistic without one says too little.
+        remedies: role or column -> which setting gives it, for the message where it is missing.
     """
 
     columns: Collection[str] = ()
@@ -51,6 +52,7 @@ class Available:
     reference: bool = False
     teacher: bool = False
     needs_role: bool = False
+    remedies: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

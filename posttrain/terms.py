@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from posttrain import objectives
@@ -52,7 +52,9 @@ def _build(item: Objective, available: Available) -> Term:
     reweight = options.pop("reweight", None)
     if reweight is not None:
         plain = dry_run(_build({**options, "name": target}, available), name)
-        function = reweighted(function, plain.declaration, reweight)
+        # with these hyper-parameters it may have nothing to prepare
+        inner = plain.declaration if plain.prepares else replace(plain.declaration, prepare=None, prepare_if=None)
+        function = reweighted(function, inner, reweight)
     weight = options.pop("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise ValueError(f"objective.weight of {name!r} is {weight!r}; give a number.")
@@ -117,6 +119,10 @@ def _role(name: str, role: Any, available: Available) -> str:
     if role is None:
         return ""
     if role not in available.roles:
+        if role in available.remedies:
+            raise ValueError(
+                f"objective {name!r} reads {role} completions, and there are none; {available.remedies[role]}."
+            )
         known = ", ".join(sorted(available.roles)) or "none"
         raise ValueError(f"objective.role of {name!r} is {role!r}, and the completions' roles here are: {known}.")
     return str(role)
@@ -146,16 +152,18 @@ def _inputs(
             )
     missing = [column for column in columns if column not in available.columns]
     if missing:
+        usual = "add it, rename one with `columns:`, or let `posttrain annotate` write it"
         raise ValueError(
             f"objective {name!r} needs the data column {missing[0]!r}, and the data has {sorted(available.columns)}; "
-            "add it, rename one with `columns:`, or let `posttrain annotate` write it."
+            f"{available.remedies.get(missing[0], usual)}."
         )
     return statistics, tuple(dict.fromkeys(columns))
 
 
 def _unavailable(statistic: Statistic, available: Available, role: str) -> str | None:
     if statistic.role and statistic.role not in available.roles:
-        return f"but this trainer has no {statistic.role} completions"
+        remedy = available.remedies.get(statistic.role)
+        return f"but this trainer has no {statistic.role} completions" + (f"; {remedy}" if remedy else "")
     if not (statistic.role or role) and available.needs_role:
         known = ", ".join(sorted(available.roles))
         return f"and this trainer's completions have roles; set `role:` beside the objective's name to one of {known}"

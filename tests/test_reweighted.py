@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from posttrain import objectives
 from posttrain.binding import bind
 from posttrain.objectives import Loss
 from posttrain.side import Block, Side
@@ -87,6 +88,24 @@ def test_a_statistic_of_the_sequence_reaches_each_of_its_tokens():
     prepared = term.prepare({"mean_logp": bound["mean_logp"]})
     loss = term(bound_inputs(term, {**bound, **prepared}))
     torch.testing.assert_close(loss.weight, (bound["mean_logp"] + 1.5).exp())
+
+
+@pytest.mark.parametrize("reweight", objectives.reweightings())
+@pytest.mark.parametrize("name", objectives.families()["unlearning"])
+def test_it_goes_around_every_term_of_unlearning(name, reweight):
+    available = Available(
+        columns=["teacher_ids"],
+        roles=("forget", "refusal", "retain", "retain_refusal"),
+        reference=True,
+        needs_role=True,
+    )
+    (term,) = build_terms({"name": name, "role": "forget", "reweight": reweight}, available)
+    assert term.counts_weight and term.prepares and term.name == name
+
+
+def test_what_an_objective_would_prepare_with_other_settings_is_no_obstacle():
+    term = one({"name": "probability_threshold", "threshold": 0.2, "reweight": "loreun"})
+    assert term.prepares and set(term.prepare_inputs) == {"mean_logp"}
 
 
 def test_two_that_prepare_are_refused():

@@ -32,6 +32,13 @@ from posttrain.trainers.supervised import SupervisedTrainer, side_columns
 logger = logging.getLogger(__name__)
 
 DUAL = "dual_variable"
+# what a term may lack -> the setting that gives it
+REMEDIES = {
+    "refusal": "set data.refusal (refusals in Python)",
+    "retain": "set data.retain (retain_dataset in Python)",
+    "retain_refusal": "set data.retain and data.refusal (retain_dataset and refusals in Python)",
+    "teacher_ids": "set data.refusal_template (refusal_template in Python)",
+}
 
 
 class UnlearningTrainer(SupervisedTrainer):
@@ -102,7 +109,8 @@ class UnlearningTrainer(SupervisedTrainer):
         roles += ["refusal"] if self._given["refusal"] else []
         roles += ["retain_refusal"] if self._given["retain"] is not None and self._given["refusal"] else []
         columns = side_columns(dataset) + (["teacher_ids"] if self._template else [])
-        available = Available(columns=columns, roles=roles, reference=self.reference != "none", needs_role=True)
+        reference = self.reference != "none"
+        available = Available(columns, roles, reference=reference, needs_role=True, remedies=REMEDIES)
         return build_terms(objective, available)
 
     def _reference_copy(self, model: Any, reference: str, peft_config: Any, columns: list[str]) -> Any:

@@ -114,6 +114,23 @@ def divergence(p, q):
     return (p * (p.log() - middle) + q * (q.clamp(min=1e-300).log() - middle)).sum(-1) / 2
 
 
+LACKING = {
+    "jensun": ({}, "set data.refusal_template"),
+    "idk_nll": ({"refusals": None}, "'refusal_nll' reads refusal completions, and there are none; set data.refusal "),
+    "idk_dpo": ({"refusals": None}, "'refusal_logratio', .*; set data.refusal "),
+    "flat": ({"refusals": None}, "'refusal_mean_probability', .*; set data.refusal "),
+    "npo": ({"retain_dataset": None}, "'nll' reads retain completions, and there are none; set data.retain "),
+    "idk_ap": ({"retain_dataset": None}, "set data.retain "),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_what_a_preset_lacks_is_told_by_the_setting_that_gives_it(tmp_path, name):
+    given, message = LACKING[name]
+    with pytest.raises(ValueError, match=message):
+        trainer({"preset": name}, tmp_path, **given)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_takes_two_steps(tmp_path, name):
     options = {"num_train_epochs": 2, "learning_rate": 1e-3}
