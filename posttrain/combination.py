@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from posttrain import objectives
-from posttrain.presets import expand
+from posttrain.presets import PRESETS, expand
 from posttrain.suggest import unknown
 from posttrain.terms import Objective
 
@@ -65,11 +65,34 @@ class ForgetRetain:
         terms: as `posttrain.terms.build_terms` takes them, those to forget first, each with its role.
         forgets: how many of them are forget terms.
         combination: of the two sides.
+        preset: whose forget terms these are, or None.
     """
 
     terms: list[dict[str, Any]]
     forgets: int
     combination: Combination
+    preset: str | None = field(default=None, compare=False)
+
+    def check_trained(self, *, assistant: bool) -> None:
+        """Refuse a preset that is not meant for what is trained.
+
+        Args:
+            assistant: whether that is an assistant, whose logits are taken off the model's, and not the model.
+
+        Raises:
+            ValueError: the preset is meant for the other one.
+        """
+        if self.preset is None or ("assistant" in PRESETS[self.preset].beside) == assistant:
+            return
+        if assistant:
+            raise ValueError(
+                f"objective.preset is {self.preset!r}, which makes a model forget, and an assistant has to know what "
+                "is to be forgotten; set it to uld, or take assistant out."
+            )
+        raise ValueError(
+            f"objective.preset is {self.preset!r}, which teaches an assistant what is to be forgotten, and the model "
+            "itself is trained; set assistant (LogitDifferenceTrainer in Python)."
+        )
 
 
 def parse(objective: Any) -> ForgetRetain:
@@ -80,7 +103,9 @@ def parse(objective: Any) -> ForgetRetain:
     Raises:
         ValueError: an unknown key or preset, no forget term, or a combination that is neither a sum nor a constraint.
     """
+    preset = None
     if isinstance(objective, Mapping) and "preset" in objective:
+        preset = None if "forget" in objective else str(objective["preset"])
         objective = expand(objective)
     if not isinstance(objective, Mapping) or "forget" not in objective:
         given = f"the keys {sorted(objective)}" if isinstance(objective, Mapping) else repr(objective)
@@ -97,14 +122,18 @@ def parse(objective: Any) -> ForgetRetain:
     retain = _side(objective.get("retain") or [], "retain", combination.retain)
     if combination.constraint is not None and not retain:
         raise ValueError("objective.combine is a constraint on the retain loss, and objective.retain is missing.")
-    return ForgetRetain(forget + retain, len(forget), combination)
+    return ForgetRetain(forget + retain, len(forget), combination, preset)
 
 
 def _side(given: Objective | list[Any], role: str, weight: float) -> list[dict[str, Any]]:
     terms: list[dict[str, Any]] = []
     for item in given if isinstance(given, list | tuple) else [given]:
         term: dict[str, Any] = dict(item) if isinstance(item, Mapping) else {"name": item}
-        function = term.get("name")
+        if "name" not in term:
+            raise ValueError(
+                f"objective.{role} has the keys {sorted(term)} and no `name`; give the whole term, beside a preset too."
+            )
+        function = term["name"]
         function = objectives.get(function) if isinstance(function, str) else function
         declared = getattr(getattr(function, "declaration", None), "role", None)
         term.setdefault("role", declared or role)

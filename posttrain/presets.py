@@ -6,7 +6,7 @@ whoever wants to repeat a publication.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.suggest import unknown
@@ -19,10 +19,13 @@ class Preset:
     Args:
         objective: as `posttrain.combination.parse` reads it.
         source: paper, and where the constants stand.
+        beside: other keys of the configuration that belong to the method; with ``assistant`` among them it is not the
+            model itself that is trained.
     """
 
     objective: Mapping[str, Any]
     source: str
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -69,7 +72,10 @@ PRESETS: dict[str, Preset] = {
         {"forget": {"name": "weighted_gradient_ascent", "beta": 1.0}, "retain": _NLL, "combine": _sum()},
         "arXiv:2502.19301; OU WGA (learning rate 1e-5, 5 epochs)",
     ),
-    "tnpo": Preset({"forget": {"name": "token_npo", "beta": 4.0}}, "arXiv:2502.19301; the authors' code, tnpo"),
+    "tnpo": Preset(
+        {"forget": {"name": "token_npo", "beta": 4.0}},
+        "arXiv:2502.19301; the authors' code, tnpo; with the retain term kl it is tnpo_kl",
+    ),
     "wtnpo": Preset(
         {"forget": {"name": "token_npo", "beta": 4.0, "alpha": 1.5}}, "arXiv:2502.19301; the authors' code, wtnpo"
     ),
@@ -134,7 +140,8 @@ PRESETS: dict[str, Preset] = {
             "retain": {"name": "jsd", "statistics": {"jsd_beta": 0.5}},
             "combine": _sum(),
         },
-        'arXiv:2509.02820; needs data.refusal_template, "No idea" in the paper',
+        "arXiv:2509.02820; the authors' code",
+        {"data": {"refusal_template": "No idea"}},
     ),
     "rmu": Preset(
         {
@@ -159,6 +166,12 @@ PRESETS: dict[str, Preset] = {
             "combine": _sum(),
         },
         "arXiv:2507.22499, weights of the initial model; tau and the loss under it are ours",
+    ),
+    "uld": Preset(
+        {"forget": _NLL, "retain": {"name": "uniform_kl"}, "combine": _sum(1.0, 5.0)},
+        "arXiv:2406.08607; the authors' code (learning rate 1e-3, 10 epochs; paraphrases join the rows to forget, "
+        "perturbed answers those to retain, where prompt and padding count)",
+        {"assistant": {"layers": 8, "alpha": 0.8, "filter": 0.01}, "peft": {"r": 16, "lora_alpha": 32}},
     ),
 }
 

@@ -40,6 +40,7 @@ REFUSED = {
     "no forget term": ({"retain": "nll"}, r"\['retain'\] and no `forget`"),
     "an empty list": ({"forget": []}, "objective.forget names no loss"),
     "nothing": ({"forget": None}, "objective.forget names no loss"),
+    "a part of a term": ({"preset": "npo", "forget": {"beta": 0.2}}, r"objective.forget has the keys \['beta'\]"),
     "a strange key": ({"forget": "nll", "retian": "nll"}, "objective.retain"),
     "a strange combination": ({"forget": "nll", "combine": "sum"}, r"\{constraint: \{epsilon: 0\.3\}\}\."),
     "two combinations": ({"forget": "nll", "combine": {"sum": {}, "constraint": {}}}, "objective.combine is"),

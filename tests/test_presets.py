@@ -7,6 +7,8 @@ import pytest
 from posttrain import objectives
 from posttrain.cli import main
 from posttrain.combination import Constraint, parse
+from posttrain.config import from_tree
+from posttrain.config.unlearning import AssistantConfig
 from posttrain.presets import PRESETS, using
 from posttrain.terms import Available, build_terms
 
@@ -38,6 +40,26 @@ def test_the_settings_of_satimp_disagree():
     }
 
 
+def test_uld_is_told_with_its_assistant():
+    forget, retain = parse({"preset": "uld"}).terms
+    assert (forget["name"], retain["name"], retain["weight"]) == ("nll", "uniform_kl", 5.0)
+    tree = {"method": "unlearning", "objective": {"preset": "uld"}, **PRESETS["uld"].beside}
+    assert from_tree(tree).assistant == AssistantConfig(layers=8, alpha=0.8, filter=0.01)
+
+
+@pytest.mark.parametrize("assistant", [False, True])
+def test_a_preset_is_checked_against_what_is_trained(assistant):
+    for name, preset in PRESETS.items():
+        meant = "assistant" in preset.beside
+        if meant == assistant:
+            parse({"preset": name}).check_trained(assistant=assistant)
+        else:
+            with pytest.raises(ValueError, match=f"objective.preset is '{name}'"):
+                parse({"preset": name}).check_trained(assistant=assistant)
+    # terms of one's own are nobody's preset
+    parse({"preset": "npo", "forget": "nll"}).check_trained(assistant=assistant)
+
+
 def test_pdu_s_constraint():
     expected = Constraint(epsilon=0.3, step=5.0, initial=100.0, warmup_epochs=5)
     assert parse({"preset": "pdu"}).combination.constraint == expected
@@ -63,6 +85,7 @@ def test_show_prints_the_setting(name, capsys):
     printed = capsys.readouterr().out
     assert PRESETS[name].source in printed and f"{{preset: {name}}}" in printed
     assert all(f"name: {term}" in printed for term in PRESETS[name].terms)
+    assert all(f"\n  {key}:\n" in printed for key in PRESETS[name].beside)
 
 
 def test_list_and_show_know_reweightings_and_presets(capsys):

@@ -58,6 +58,8 @@ def _show_preset(name: str) -> None:
     print(f"preset {name}\nsource  {preset.source}\n")
     lines = [f"objective: {{preset: {name}}}   # stands for"]
     lines += yaml.safe_dump({"objective": _plain(preset.objective)}, sort_keys=False).splitlines()
+    if preset.beside:
+        lines += ["# and beside it", *yaml.safe_dump(_plain(preset.beside), sort_keys=False).splitlines()]
     print(_indented("\n".join(lines)))
 
 

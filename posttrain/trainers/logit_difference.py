@@ -33,6 +33,7 @@ class LogitDifferenceTrainer(UnlearningTrainer):
     """
 
     _name = "posttrain-logit-difference"
+    _trains_assistant = True
 
     def __init__(
         self,

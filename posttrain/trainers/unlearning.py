@@ -64,6 +64,7 @@ class UnlearningTrainer(SupervisedTrainer):
     """
 
     _name = "posttrain-unlearning"
+    _trains_assistant = False
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class UnlearningTrainer(SupervisedTrainer):
         if not retain_per_forget > 0:
             raise ValueError(f"data.retain_per_forget is {retain_per_forget}; give a number above 0.")
         self._parsed = parse(objective)
+        self._parsed.check_trained(assistant=self._trains_assistant)
         self._given = {"retain": retain_dataset, "refusal": refusals}
         self._template = refusal_template
         if retain_dataset is not None:

@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.nn import functional as F
 
 from posttrain.objectives.unlearning_representation import random_direction
 from posttrain.presets import PRESETS
+from posttrain.trainers.logit_difference import LogitDifferenceTrainer
 from tests import tiny
+from tests.trainers.step import config
 from tests.trainers.test_gradients import relative_difference
 from tests.trainers.test_unlearning import dense_logp, drawn_rows, gradients_of, one_step
-from tests.trainers.unlearning_step import disturb, trainer
+from tests.trainers.unlearning_step import disturb, rows_to_retain, trainer
 
 
 def states(model, row, layer):
@@ -114,6 +117,25 @@ def divergence(p, q):
     return (p * (p.log() - middle) + q * (q.clamp(min=1e-300).log() - middle)).sum(-1) / 2
 
 
+def test_an_assistant_s_preset_and_a_model_s_are_not_taken_for_each_other(tmp_path):
+    """A model under `uld` would learn what it is to forget."""
+    with pytest.raises(ValueError, match=r"objective\.preset is 'uld', .*; set assistant "):
+        trainer({"preset": "uld"}, tmp_path)
+    options = {
+        "forget_dataset": Dataset.from_list(tiny.rows()),
+        "retain_dataset": Dataset.from_list(rows_to_retain()),
+        "processing_class": tiny.tokenizer(),
+        "layers": 1,
+    }
+    args = config(str(tmp_path), 8, 1, num_train_epochs=1, max_steps=-1)
+    with pytest.raises(ValueError, match=r"objective\.preset is 'npo', .*; set it to uld"):
+        LogitDifferenceTrainer(tiny.model(torch.float64), args, objective={"preset": "npo"}, **options)
+    made = LogitDifferenceTrainer(tiny.model(torch.float64), args, objective={"preset": "uld"}, **options)
+    made.train()
+    (entry,) = [entry for entry in made.state.log_history if "retain_loss" in entry]
+    assert entry["retain_loss"] == pytest.approx(5.0 * entry["uniform_kl/loss"], rel=1e-6)
+
+
 LACKING = {
     "jensun": ({}, "set data.refusal_template"),
     "idk_nll": ({"refusals": None}, "'refusal_nll' reads refusal completions, and there are none; set data.refusal "),
@@ -131,7 +153,7 @@ def test_what_a_preset_lacks_is_told_by_the_setting_that_gives_it(tmp_path, name
         trainer({"preset": name}, tmp_path, **given)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "uld"])
 def test_every_preset_takes_two_steps(tmp_path, name):
     options = {"num_train_epochs": 2, "learning_rate": 1e-3}
     replaced = {}
