@@ -101,7 +101,7 @@ class UnlearningTrainer(SupervisedTrainer):
         super().__init__(model, args, objective=[*self._parsed.terms], train_dataset=numbered, **kwargs)
         constraint = self._parsed.combination.constraint
         self.dual = DualVariable(constraint) if constraint else None
-        self._step_losses = torch.zeros(2, dtype=sum_dtype(self.accelerator.device), device=self.accelerator.device)
+        self._step_losses = torch.zeros(3, dtype=sum_dtype(self.accelerator.device), device=self.accelerator.device)
         self._live_reference = self._start_reference(reference_model)
         self.train_dataset: Any = self._drawn(numbered, retain_dataset, refusals, retain_per_forget)
 
@@ -210,12 +210,19 @@ class UnlearningTrainer(SupervisedTrainer):
         self._signature_columns = list(ROLES)  # type: ignore[assignment]
         return super().get_train_dataloader()
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepCounts:
+        # a step that broke off leaves nothing behind
+        self._step_losses.zero_()
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def _reduce(self, counts: StepCounts, computed: Computed, side: Side, sums: MetricSums) -> list[Tensor]:
         shares = super()._reduce(counts, computed, side, sums)
         forgets = self._parsed.forgets
         sides = [torch.stack(part).sum() if part else torch.zeros(()) for part in (shares[:forgets], shares[forgets:])]
         if torch.is_grad_enabled():
-            self._step_losses += torch.stack([side.detach().to(self._step_losses) for side in sides])
+            retained = sum(side.size(term.declaration.unit, term.role) for term in self.terms[forgets:])
+            found = [one.detach().to(self._step_losses) for one in sides]
+            self._step_losses += torch.stack([*found, torch.full_like(found[0], retained)])
         if self.dual is None:
             return shares
         weight = self.dual.value.to(shares[0])
@@ -227,20 +234,26 @@ class UnlearningTrainer(SupervisedTrainer):
         """One micro-batch's share; after the step's last one, the dual variable moves."""
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         counts = num_items_in_batch
-        if not isinstance(counts, StepCounts) or counts.seen == len(counts.batches):
+        last = not isinstance(counts, StepCounts) or counts.seen == len(counts.batches)
+        if last and torch.is_grad_enabled():
             self._finish_step()
         return found
 
     def _finish_step(self) -> None:
-        """Whole-step losses of both sides, over micro-batches and ranks, and what follows from them."""
-        forget, retain = self.accelerator.reduce(self._step_losses, "sum")
+        """Whole-step losses of both sides, over micro-batches and ranks, and what follows from them.
+
+        A step without a row to retain (``retain_per_forget`` below 1) says nothing of the retain loss.
+        """
+        losses = self.accelerator.reduce(self._step_losses, "sum")
         self._step_losses = torch.zeros_like(self._step_losses)
-        self._sums["train"].add("forget_loss", forget)
+        self._sums["train"].add("forget_loss", losses[0])
         if len(self.terms) > self._parsed.forgets:
-            self._sums["train"].add("retain_loss", retain)
+            self._sums["train"].add("retain_loss", losses[1:2], weight=losses[2:].sign())
         if self.dual is not None:
             self._sums["train"].add("dual", self.dual.value.to(self.accelerator.device))
-            self.dual.update(retain, float(self.state.epoch or 0.0))
+            _, retain, retained = losses.cpu()
+            if retained > 0:
+                self.dual.update(retain, float(self.state.epoch or 0.0))
 
     def _remembered(self) -> dict[str, Any]:
         return super()._remembered() | ({DUAL: self.dual.state_dict()} if self.dual is not None else {})

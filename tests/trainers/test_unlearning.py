@@ -202,6 +202,33 @@ def test_the_dual_variable_moves_once_a_step_after_the_warm_up(tmp_path, epsilon
         assert entry["loss"] == pytest.approx(entry["forget_loss"] + entry["dual"] * entry["retain_loss"], rel=1e-6)
 
 
+def test_a_step_without_a_row_to_retain_measures_no_retain_loss(tmp_path):
+    """One in four steps has one; a loss of 0 in the others would say that the constraint holds."""
+    objective = {"forget": npo, "retain": "nll", "combine": {"constraint": {"epsilon": 3.0, "step": 0.5}}}
+    made = trainer(objective, tmp_path, 1, 1, retain_per_forget=0.25, options={"learning_rate": 1e-3})
+    made.train()
+    entries = logged(made)
+    assert ["retain_loss" in entry for entry in entries] == [False, False, False, True] * 2
+    expected = 1.0 + 0.5 * (entries[3]["retain_loss"] - 3.0)
+    assert [entry["dual"] for entry in entries] == pytest.approx([1.0] * 4 + [expected] * 4, rel=1e-12)
+    # a loss that nothing is trained on is no step
+    value = float(made.dual.value)
+    with torch.no_grad():
+        made.compute_loss(made.model, next(iter(made.get_train_dataloader())))
+    assert float(made.dual.value) == value
+
+
+def test_a_step_that_broke_off_leaves_nothing_behind(tmp_path):
+    objective = {"forget": npo, "retain": "nll", "combine": {"constraint": {"epsilon": 3.0, "step": 0.5}}}
+    made = trainer(objective, tmp_path, 4, 2)
+    inputs = list(made.get_train_dataloader())
+    counts = made._get_num_items_in_batch(inputs, made.accelerator.device)
+    made.compute_loss(made.model, inputs[0], num_items_in_batch=counts)
+    made.train()
+    (entry,) = logged(made)
+    assert entry["loss"] == pytest.approx(entry["forget_loss"] + entry["retain_loss"], rel=1e-6)
+
+
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     """Two and two steps, from the middle of the second epoch on, against four."""
     settings = {"epsilon": 3.0, "step": 0.5, "initial": 1.0, "warmup_epochs": 1}
