@@ -40,6 +40,34 @@ def test_the_settings_of_satimp_disagree():
     }
 
 
+CONSTANTS = {
+    "npo": ({"beta": 0.1}, 1.0, {}, 1.0),
+    "idk_dpo": ({"beta": 0.1}, 1.0, {}, 1.0),
+    "simnpo": ({"beta": 4.5, "delta": 0.0}, 0.125, {}, 1.0),
+    "simnpo_author": ({"beta": 2.5, "delta": 0.0}, 0.1375, {}, 1.0),
+    "wga": ({"beta": 1.0}, 1.0, {}, 1.0),
+    "tnpo": ({"beta": 4.0}, 1.0),
+    "wtnpo": ({"beta": 4.0, "alpha": 1.5}, 1.0),
+    "ceu": ({}, 1.0),
+    "undial": ({"beta": 10.0}, 1.0),
+    "flat": ({"divergence": "tv"}, 1.0),
+    "me_gd": ({}, 0.1, {}, 1.0),
+    "idk_ap": ({}, 1.0, {"beta": 0.1}, 1.0),
+    "ihl": ({"margin": 1.0}, 1.0, {}, 1.0),
+    "jensun": ({}, 1.0, {"statistics": {"jsd_beta": 0.5}}, 1.0),
+    "rmu": ({"scale": 2.0, "statistics": {"layer": 7}}, 1.0, {"statistics": {"layer": 7}}, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_are_those_of_the_sources(name):
+    found = []
+    for term in parse({"preset": name}).terms:
+        options = {key: value for key, value in term.items() if key not in ("name", "role", "weight")}
+        found += [options, term["weight"]]
+    assert tuple(found) == CONSTANTS[name]
+
+
 def test_uld_is_told_with_its_assistant():
     forget, retain = parse({"preset": "uld"}).terms
     assert (forget["name"], retain["name"], retain["weight"]) == ("nll", "uniform_kl", 5.0)
@@ -63,6 +91,8 @@ def test_a_preset_is_checked_against_what_is_trained(assistant):
 def test_pdu_s_constraint():
     expected = Constraint(epsilon=0.3, step=5.0, initial=100.0, warmup_epochs=5)
     assert parse({"preset": "pdu"}).combination.constraint == expected
+    muse = Constraint(epsilon=0.3, step=1.0, initial=50.0, warmup_epochs=3)
+    assert parse({"preset": "pdu_muse"}).combination.constraint == muse
 
 
 def test_what_stands_beside_the_name_replaces_that_part():

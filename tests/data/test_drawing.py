@@ -84,6 +84,16 @@ def test_a_batch_has_its_roles_one_after_another():
         assert torch.equal(ids[side.target_index + 1], side.targets)
 
 
+def test_a_pad_token_that_also_ends_turns_hides_no_real_one():
+    """open-unlearning masks by `ids != pad`, where pad may be the end of a turn: within the prompt, and as a target."""
+    end = 9
+    row = {"input_ids": [1, end, 2, 3, end], "labels": [-100, -100, -100, 3, end], ROW_NUMBER: 0}
+    longer = {"input_ids": [1, 2, 4, 5, 6, end, end], "labels": [-100, -100, 4, 5, 6, end, end], ROW_NUMBER: 1}
+    batch = UnlearningCollator(pad_token_id=end)([{"forget": [row]}, {"forget": [longer]}])
+    assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * 2, [1] * 7]
+    assert batch["side"].targets.tolist() == [3, end, 4, 5, 6, end, end]
+
+
 def turn(role, content):
     return {"role": role, "content": content}
 
