@@ -2,7 +2,7 @@
 
 from posttrain.modeling.check import HEAD_TOLERANCE, check_head, head_difference
 from posttrain.modeling.engines import BackboneModules, backbone_modules, causal_lm
-from posttrain.modeling.forward import attach, detach, is_attached
+from posttrain.modeling.forward import attach, detach, is_attached, standalone_copy
 from posttrain.modeling.head import is_vision_model, logit_scale, logit_softcap, read_head, refuse_vision_model
 from posttrain.modeling.request import StatisticsGroup, VocabOutput, VocabRequest
 from posttrain.modeling.shared_prefix import SharedPrefixLayout, shared_prefix_layout, worthwhile
@@ -31,5 +31,6 @@ __all__ = [
     "refuse_vision_model",
     "shared_prefix_layout",
     "shared_prefix_obstacle",
+    "standalone_copy",
     "worthwhile",
 ]

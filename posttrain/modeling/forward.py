@@ -4,13 +4,14 @@ Everything happens inside the model's own forward, so DDP, FSDP2 and ZeRO see it
 gathered when they are read and their gradients are reduced.
 """
 
+import copy
 import functools
 import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from posttrain.modeling.engines import backbone_modules, causal_lm
 from posttrain.modeling.head import detached, refuse_vision_model, with_head
 from posttrain.modeling.request import VocabOutput, VocabRequest, on_device
 from posttrain.modeling.shared_prefix import shared_prefix_mask
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _PREVIOUS = "_forward_before_vocab_request"
 # Arguments that concern logits, loss or generation; the backbone does not know them.
@@ -71,6 +74,20 @@ def detach(model: nn.Module) -> PreTrainedModel:
     if previous is not None:
         base.forward = previous
     return base
+
+
+def standalone_copy(model: Model) -> Model:
+    """A deep copy that runs on its own weights, not attached.
+
+    What trainers put over the forward of an instance may hold that very instance (TRL's fused head does), and a plain
+    deep copy would go on calling it.
+    """
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, PreTrainedModel):
+            for name in ("forward", _PREVIOUS):
+                module.__dict__.pop(name, None)
+    return copied
 
 
 def _extended_forward(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,11 +1,11 @@
 """Unlearning from logit difference (arXiv:2406.08607): train an assistant, ship the model with it."""
 
-import copy
 from typing import Any
 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from posttrain.modeling import standalone_copy
 from posttrain.modeling.logit_difference import LogitDifferenceModel, check_difference, first_layers
 from posttrain.trainers.unlearning import UnlearningTrainer
 
@@ -63,7 +63,7 @@ class LogitDifferenceTrainer(UnlearningTrainer):
         base = self.base.to(self.accelerator.device)
         if not self.state.global_step:
             return base
-        assistant = copy.deepcopy(super().deployed_model())
+        assistant = standalone_copy(super().deployed_model())
         if isinstance(assistant, PeftModel):
             assistant = assistant.merge_and_unload()
         return LogitDifferenceModel.of(base, assistant.eval(), **self._difference)

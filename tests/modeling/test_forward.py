@@ -11,7 +11,15 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import AutoConfig, LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from posttrain.modeling import StatisticsGroup, VocabRequest, attach, backbone_modules, detach, is_attached
+from posttrain.modeling import (
+    StatisticsGroup,
+    VocabRequest,
+    attach,
+    backbone_modules,
+    detach,
+    is_attached,
+    standalone_copy,
+)
 from posttrain.modeling.head import is_vision_model, logit_scale, logit_softcap
 from tests.modeling import families
 
@@ -83,6 +91,23 @@ def test_a_deep_copy_answers_with_its_own_parameters():
         twin(**inputs, vocab_request=request(inputs)).statistics[0]["logp"], families.own_logp(twin, inputs)
     )
     assert (families.own_logp(twin, inputs) - families.own_logp(model, inputs)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("patches", [(add_fused_lm_head,), (add_fused_lm_head, attach), (attach, add_fused_lm_head)])
+def test_a_standalone_copy_runs_on_its_own_weights_whatever_stood_over_its_forward(patches):
+    """TRL's forward holds the model that it was made for: a plain deep copy would answer with that one's weights."""
+    model, inputs = families.model("llama"), families.batch()
+    for patch in patches:
+        patch(model)
+    expected = model(**inputs).logits
+    twin = standalone_copy(model)
+    assert not is_attached(twin)
+    torch.testing.assert_close(twin(**inputs).logits, expected, rtol=0, atol=0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not twin(**inputs).logits.any()
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
 
 
 def test_generation_goes_on():

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.evaluation.benchmark import Benchmark
+from posttrain.evaluation.bootstrap import Statistic
 from posttrain.evaluation.inference import CausalLM
 from posttrain.evaluation.progress import bar
 from posttrain.evaluation.report import Report, SourceReport
@@ -16,7 +17,7 @@ from posttrain.evaluation.rows import Row
 from posttrain.evaluation.suite import evaluate, rows_fingerprint
 from posttrain.evaluation.unlearning.findings import Findings, Interval
 from posttrain.evaluation.unlearning.metrics import extraction_strength, probability
-from posttrain.evaluation.unlearning.quantization import ROUNDINGS, Rounding, rounded_weights
+from posttrain.evaluation.unlearning.quantization import ROUNDINGS, Rounding, obstacle, rounded_weights
 from posttrain.evaluation.unlearning.relearning import Relearning, merged_copy, relearn, robustness, split
 from posttrain.evaluation.unlearning.representations import answer_states, linear_cka, nearest_neighbours
 from posttrain.evaluation.unlearning.retain import LoadModel
@@ -114,8 +115,10 @@ class AuditSuite(Benchmark):
 
     def _relearned(self, scorer: AnswerScorer, rows: Sequence[Row], found: Findings) -> None:
         """What is known of rows that are shown again and of the others, after each epoch."""
-        if not self.relearning.epochs:
-            found.left_out["relearning"] = f"{KEY}.relearn_epochs is 0"
+        quantised = getattr(scorer.model, "is_quantized", False)
+        if quantised or not self.relearning.epochs:
+            reason = "the model's weights are quantised" if quantised else f"{KEY}.relearn_epochs is 0"
+            found.left_out["relearning"] = reason
             return
         seed = found.interval.seed
         course = self._course(scorer, seed)
@@ -144,8 +147,12 @@ class AuditSuite(Benchmark):
         if theirs is None:
             found.left_out[name] = NO_RETRAINED
             return
-        gains = [[float(np.nanmean(known[epoch][metric][members])) for epoch in (0, -1)] for known in (theirs, course)]
-        found.number(name, robustness((gains[0][0], gains[0][1]), (gains[1][0], gains[1][1])), len(members))
+        gains = np.stack([known[-1][metric] - known[0][metric] for known in (theirs, course)], axis=1)
+        index = np.array([row for row in members if np.isfinite(gains[row]).all()], dtype=np.int64)
+        if not len(index):
+            found.left_out[name] = "no row has it"
+            return
+        found.statistic(name, Statistic(gains[index], lambda sums: robustness(sums[..., 0], sums[..., 1])), index)
 
     def _course(self, scorer: AnswerScorer, seed: int) -> list[Known]:
         """What is known of the rows to forget, before relearning and after each of its epochs."""
@@ -167,6 +174,10 @@ class AuditSuite(Benchmark):
 
     def _rounded(self, scorer: AnswerScorer, rows: Sequence[Row], found: Findings) -> None:
         """What is known after rounding, where unlearning may have moved weights by less than a step."""
+        reason = obstacle(scorer.model)
+        if reason is not None:
+            found.left_out["rounding"] = f"the weights of {type(scorer.model).__name__} cannot be rounded: {reason}"
+            return
         model = merged_copy(scorer.model) if isinstance(scorer.model, PeftModel) else scorer.model
         before = self._known(scorer.of(model), rows)
         for metric, values in before.items():
@@ -177,17 +188,18 @@ class AuditSuite(Benchmark):
             for metric, values in after.items():
                 found.mean(f"{metric}_{rounding.name}", values)
             if rows is self.forget:
-                mean = float(after["probability"].mean())
-                ratio = min(1.0, float(before["probability"].mean()) / mean) if mean > 0 else 1.0
-                found.number(f"rounding_robustness_{rounding.name}", ratio, len(rows))
+                pairs = np.stack([before["probability"], after["probability"]], axis=1)
+                # as the robustness of relearning, of what is known instead of what is gained
+                kept = Statistic(pairs, lambda sums: robustness(sums[..., 0], sums[..., 1]))
+                found.statistic(f"rounding_robustness_{rounding.name}", kept, np.arange(len(rows)))
 
     def _represented(self, scorer: AnswerScorer, rows: Sequence[Row], found: Findings) -> None:
         """Layer by layer: likeness to the original and to the retrained model, and whether a state tells its group."""
-        for name, load in (("original", self.original), ("retrained", self.retrained)):
-            if name not in self._states and load is not None:
-                self._states[name] = self._states_of(scorer.of(load()))
         try:
             own = self._states_of(scorer)
+            for name, load in (("original", self.original), ("retrained", self.retrained)):
+                if name not in self._states and load is not None:
+                    self._states[name] = self._states_of(scorer.of(load()))
         except ValueError as error:
             found.left_out["states"] = str(error)
             return

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.evaluation import bootstrap
-from posttrain.evaluation.bootstrap import Estimate
+from posttrain.evaluation.bootstrap import Estimate, Statistic
 from posttrain.evaluation.report import Measure, SourceReport
 from posttrain.evaluation.unlearning import membership
 from posttrain.evaluation.unlearning.metrics import harmonic_mean
@@ -53,10 +53,12 @@ class Findings:
         if not len(index):
             self.left_out[name] = "no row has it"
             return
-        statistic = bootstrap.mean(values[index])
-        estimate = bootstrap.estimate(statistic, **self.interval.options)
-        self.measures[name] = Measure(statistic, index, estimate)
+        self.statistic(name, bootstrap.mean(values[index]), index)
         self.each(name, values)
+
+    def statistic(self, name: str, statistic: Statistic, index: Array) -> None:
+        """A metric that depends on the items at ``index`` through sums over them."""
+        self.measures[name] = Measure(statistic, index, bootstrap.estimate(statistic, **self.interval.options))
 
     def each(self, name: str, values: Array) -> None:
         """A number of each item."""
@@ -102,20 +104,27 @@ def utility(sets: Sequence[Array], interval: Interval) -> Estimate:
     return Estimate(float(harmonic_mean(np.concatenate(means))), float(low), float(high), sum(map(len, sets)))
 
 
-def add_leak(found: Findings, model_auc: float, retain_auc: float | None, missing: str) -> None:
+def add_leak(found: Findings, retain_auc: float | None, missing: str) -> None:
     """PrivLeak against the retain model's AUC, and against the AUC 1/2 of a model that tells nothing.
 
+    Its interval is that of the model's own AUC: the other is taken as it is.
+
     Args:
-        found: gets ``privleak`` and ``privleak_to_half``.
-        model_auc: of Min-K, 1 where every row to forget is told from the rows held out.
+        found: holds ``mia_min_k_auc``, gets ``privleak`` and ``privleak_to_half``.
         retain_auc: the same of the retain model, None where there is none.
         missing: why there is none.
     """
-    n = found.measures["mia_min_k_auc"].estimate.n
-    found.number("privleak_to_half", membership.privacy_leak(model_auc, 0.5), n)
+    auc = found.measures["mia_min_k_auc"].estimate
+
+    def leak(other: float) -> Estimate:
+        # it falls as the AUC rises, so the interval's ends change places
+        value, low, high = (membership.privacy_leak(one, other) for one in (auc.value, auc.high, auc.low))
+        return Estimate(value, low, high, auc.n)
+
+    found.number("privleak_to_half", leak(0.5))
     if retain_auc is None:
         found.left_out["privleak"] = missing
     elif retain_auc >= 1:
         found.left_out["privleak"] = "the retain model's AUC is 1, and 1 - AUC is divided by"
     else:
-        found.number("privleak", membership.privacy_leak(model_auc, retain_auc), n)
+        found.number("privleak", leak(retain_auc))

@@ -200,7 +200,7 @@ class MuseSuite(Benchmark):
             self.retain = RetainResults(auc=membership.auc(own["forget"], own["holdout"]))
         retain_auc = None if self.retain is None else self.retain.auc
         reason = "is missing" if self.retain is None else "names results without an AUC of Min-K"
-        add_leak(summary, estimate.value, retain_auc, f"{KEY}.retain_model {reason}")
+        add_leak(summary, retain_auc, f"{KEY}.retain_model {reason}")
 
 
 def passages_fingerprint(passages: Sequence[Ids]) -> str:

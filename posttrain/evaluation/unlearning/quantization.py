@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from posttrain.evaluation.inference import CausalLM
 
@@ -60,20 +61,44 @@ def rounded_weights(model: CausalLM, rounding: Rounding) -> Iterator[None]:
         rounding: bits and group.
 
     Raises:
-        ValueError: the model has no linear layer beside its head.
+        ValueError: as `obstacle` says.
     """
-    holders = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    heads = {id(head) for holder in holders if (head := holder.get_output_embeddings()) is not None}
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in heads]
-    if not linear:
-        raise ValueError(f"{type(model).__name__} has no linear layers beside its head; there is nothing to round.")
+    reason = obstacle(model)
+    if reason is not None:
+        raise ValueError(f"the weights of {type(model).__name__} cannot be rounded: {reason}.")
+    linear = _linear_layers(model)
     saved = [module.weight.detach().clone() for module in linear]
     try:
         with torch.no_grad():
             for module in linear:
-                module.weight.copy_(rounded(module.weight, rounding))
+                # GPT-2's layers hold (in, out)
+                turned = isinstance(module, Conv1D)
+                done = rounded(module.weight.T if turned else module.weight, rounding)
+                module.weight.copy_(done.T if turned else done)
         yield
     finally:
         with torch.no_grad():
             for module, weight in zip(linear, saved, strict=True):
                 module.weight.copy_(weight)
+
+
+def obstacle(model: CausalLM) -> str | None:
+    """Why a model's weights cannot be rounded so that the numbers mean it; None where they can."""
+    if getattr(model, "is_quantized", False):
+        return "they are quantised already"
+    for module in model.modules():
+        # experts in one tensor: which of its dimensions is the input differs between models
+        stacked = any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
+        if stacked and not isinstance(module, _CONVOLUTIONS):
+            return f"{type(module).__name__} holds those of several layers as one, which would stay as they are"
+    return None if _linear_layers(model) else "it has no linear layers beside its head"
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _linear_layers(model: CausalLM) -> list[nn.Linear | Conv1D]:
+    """All but heads."""
+    holders = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    heads = {id(head) for holder in holders if (head := holder.get_output_embeddings()) is not None}
+    return [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and id(module) not in heads]

@@ -1,9 +1,10 @@
 """Fine-tuning a little on what was forgotten: how fast it comes back."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from posttrain.evaluation.inference import CausalLM, max_positions
 from posttrain.evaluation.likelihood import collate, fastest_token_statistics
 from posttrain.evaluation.rows import Row, scored_ids
+from posttrain.evaluation.unlearning.tokens import Array
+from posttrain.modeling import standalone_copy
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Relearning:
 
 def merged_copy(model: CausalLM) -> PreTrainedModel:
     """A copy to change, its adapters merged into it."""
-    copied = copy.deepcopy(model)
+    copied = standalone_copy(model)
     return copied.merge_and_unload() if isinstance(copied, PeftModel) else copied
 
 
@@ -70,7 +73,12 @@ def relearn(
         settings: of the fine-tuning.
         seed: of the rows' order, which is new in each epoch.
         after_epoch: called with the copy after each epoch.
+
+    Raises:
+        ValueError: the model's weights are quantised, which no optimizer changes.
     """
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"the weights of {type(model).__name__} are quantised; load it without quantization_config.")
     student = merged_copy(model).eval().requires_grad_(True)
     student = student.float() if student.dtype in (torch.float16, torch.bfloat16) else student
     limit = max_positions(student)
@@ -94,11 +102,11 @@ def _length(sequence: tuple[list[int], list[bool]]) -> int:
     return -len(sequence[0])
 
 
-def robustness(retrained: tuple[float, float], unlearned: tuple[float, float]) -> float:
+def robustness(retrained: npt.ArrayLike, unlearned: npt.ArrayLike) -> Array:
     """min(1, gain of the retrained model / gain of the unlearned one): 1 where forgetting stands as if it were real.
 
     Args:
-        retrained, unlearned: a metric of what is known, before and after relearning (arXiv:2506.12618).
+        retrained, unlearned: (...) what relearning added to a metric of what is known (arXiv:2506.12618).
     """
-    gain = unlearned[1] - unlearned[0]
-    return 1.0 if gain <= 0 else min(1.0, max(0.0, retrained[1] - retrained[0]) / gain)
+    theirs, ours = np.maximum(retrained, 0.0), np.asarray(unlearned, dtype=np.float64)
+    return np.where(ours > 0, np.minimum(1.0, theirs / np.where(ours > 0, ours, 1.0)), 1.0)

@@ -11,7 +11,8 @@ from posttrain.evaluation.inference import CausalLM, evaluation_mode, max_positi
 from posttrain.evaluation.likelihood import collate
 from posttrain.evaluation.rows import Row, scored_ids
 from posttrain.evaluation.unlearning.tokens import Array
-from posttrain.modeling import backbone_modules
+from posttrain.modeling import backbone_modules, causal_lm
+from posttrain.modeling.logit_difference import LogitDifferenceModel
 
 
 def linear_cka(one: Array, other: Array) -> float:
@@ -83,7 +84,8 @@ def answer_states(
     whatever follows.
 
     Args:
-        model: a causal language model; it comes back as it was.
+        model: a causal language model; it comes back as it was. Of a `LogitDifferenceModel` the base is looked into,
+            which still knows what the assistant takes off.
         tokenizer: padding is done here.
         rows: prompt and completion.
         batch_size: sequences per forward.
@@ -94,7 +96,8 @@ def answer_states(
     Raises:
         ValueError: a row has no answer within the model's positions, or the model no separate backbone.
     """
-    backbone = backbone_modules(model).backbone
+    inner = causal_lm(model)
+    backbone = backbone_modules(inner.base if isinstance(inner, LogitDifferenceModel) else inner).backbone
     limit = max_positions(model)
     encoded = [(ids[:limit], scored[:limit]) for ids, scored in (scored_ids(tokenizer, row) for row in rows)]
     empty = [index for index, (_, scored) in enumerate(encoded) if not any(scored[1:])]
@@ -114,7 +117,7 @@ def answer_states(
         counts = torch.bincount(rows_of, minlength=len(members))[:, None]
         means = [
             torch.zeros(len(members), states.shape[-1], dtype=torch.float64, device=at.device).index_add_(
-                0, rows_of, states.flatten(0, 1)[at].double()
+                0, rows_of, states.detach().flatten(0, 1)[at].double()
             )
             / counts
             for states in layers

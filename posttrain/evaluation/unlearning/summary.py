@@ -113,5 +113,4 @@ def _membership(
     for attack, (members, others) in scores.items():
         found.number(f"mia_{attack}_auc", membership.auc_estimate(members, others, **found.interval.options))
     missing = f"{KEY}.retain_model is missing" if retain is None else "the retain model's results hold no AUC of Min-K"
-    model_auc = found.measures["mia_min_k_auc"].estimate.value
-    add_leak(found, model_auc, None if retain is None else retain.auc, missing)
+    add_leak(found, None if retain is None else retain.auc, missing)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from posttrain import SupervisedTrainer
 from posttrain.config import from_tree, resolve
@@ -18,6 +19,7 @@ from posttrain.evaluation.unlearning import AuditSuite, audit
 from posttrain.evaluation.unlearning.quantization import ROUNDINGS, Rounding, rounded, rounded_weights
 from posttrain.evaluation.unlearning.relearning import Relearning, relearn, robustness, split
 from posttrain.evaluation.unlearning.representations import answer_states, linear_cka, nearest_neighbours
+from posttrain.modeling.logit_difference import LogitDifferenceModel, first_layers
 from posttrain.pipeline import evaluate_only
 from tests import tiny
 from tests.trainers.step import config
@@ -150,10 +152,55 @@ def test_rows_that_are_shown_are_drawn_by_seed():
 
 
 def test_robustness_by_hand():
-    assert robustness((0.1, 0.3), (0.1, 0.5)) == pytest.approx(0.5)
-    assert robustness((0.1, 0.5), (0.1, 0.3)) == 1.0
-    assert robustness((0.1, 0.1), (0.2, 0.1)) == 1.0
-    assert robustness((0.1, 0.05), (0.1, 0.2)) == 0.0
+    # of gains: half as much; more than the unlearned model; the unlearned one lost, or did not move; the other lost
+    found = robustness([0.2, 0.4, 0.0, 0.1, -0.05], [0.4, 0.2, -0.1, 0.0, 0.1])
+    np.testing.assert_allclose(found, [0.5, 1.0, 1.0, 1.0, 0.0])
+
+
+def test_layers_that_hold_their_weights_the_other_way_are_rounded_by_output_channel():
+    torch.manual_seed(0)
+    settings = {"vocab_size": 45, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    model = GPT2LMHeadModel(GPT2Config(**settings, bos_token_id=1, eos_token_id=1))
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    before = weight.detach().clone()
+    assert before.shape == (16, 64), "input by output"
+    with rounded_weights(model, Rounding(4)):
+        steps = before.abs().amax(dim=0) / 7
+        torch.testing.assert_close(weight, (before / steps).round() * steps)
+    assert torch.equal(weight, before)
+    head = model.lm_head.weight.detach().clone()
+    with rounded_weights(model, Rounding(4)):
+        assert torch.equal(model.lm_head.weight, head)
+
+
+def test_weights_that_rounding_would_pass_over_leave_it_out():
+    torch.manual_seed(0)
+    settings = {"vocab_size": 45, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    experts = MixtralForCausalLM(MixtralConfig(**settings, **heads, max_position_embeddings=64))
+    with (
+        pytest.raises(ValueError, match="MixtralExperts holds those of several layers"),
+        rounded_weights(experts, Rounding(4)),
+    ):
+        pass
+    quantised = tiny.model()
+    quantised.is_quantized = True
+    found = audit(quantised, tiny.tokenizer(), ROWS, resamples=20)
+    assert found.sources["audit_forget_relearning"].not_measured == {"relearning": "the model's weights are quantised"}
+    reason = found.sources["audit_forget_rounding"].not_measured["rounding"]
+    assert reason == "the weights of LlamaForCausalLM cannot be rounded: they are quantised already"
+
+
+def test_of_a_logit_difference_the_base_is_looked_into():
+    """What the assistant takes off the logits stands in the base's states as before."""
+    base = tiny.model()
+    model = LogitDifferenceModel.of(base, first_layers(tiny.model(seed=1), 1))
+    settings = Relearning(epochs=1, learning_rate=2e-2, batch_size=4)
+    found = audit(model, tiny.tokenizer(), ROWS, original=tiny.model, relearning=settings, resamples=20)
+    states, known = values(found, "audit_forget_states"), values(found, "audit_forget_relearning")
+    assert [states[f"cka_original_layer{layer}"] for layer in range(3)] == pytest.approx([1.0] * 3)
+    assert known["probability_shown_epoch1"] > known["probability_shown_epoch0"]
+    assert values(found, "audit_forget_rounding")["probability_int4_channel"] > 0
 
 
 OPTIONS = {
@@ -192,12 +239,22 @@ def test_one_call_gives_the_whole_audit(report):
     course = [relearned[f"probability_shown_epoch{epoch}"] for epoch in range(3)]
     assert course[0] < course[1] < course[2]
     assert relearned["relearned_probability_shown"] == pytest.approx(course[2] - course[0])
-    assert 0 <= relearned["relearning_robustness_probability_unshown"] <= 1
+    theirs, ours = (
+        relearned[f"{prefix}probability_unshown_epoch2"] - relearned[f"{prefix}probability_unshown_epoch0"]
+        for prefix in ("retrained_", "")
+    )
+    expected = min(1.0, max(0.0, theirs) / ours) if ours > 0 else 1.0
+    assert relearned["relearning_robustness_probability_unshown"] == pytest.approx(expected)
+    name = "relearning_robustness_probability_shown"
+    robust = report.sources["audit_forget_relearning"].measures[name].estimate
+    assert robust.low <= robust.value <= robust.high and robust.n == 4
     assert relearned["retrained_probability_unshown_epoch0"] != relearned["probability_unshown_epoch0"]
     known = values(report, "audit_forget_rounding")
     moved = [abs(known[f"probability_int{bits}_channel"] - known["probability_unrounded"]) for bits in (8, 4)]
     assert 0 < moved[0] < moved[1]
-    assert {f"rounding_robustness_{one.name}" for one in ROUNDINGS} <= known.keys()
+    for one in ROUNDINGS:
+        expected = min(1.0, known["probability_unrounded"] / known[f"probability_{one.name}"])
+        assert known[f"rounding_robustness_{one.name}"] == pytest.approx(expected)
     states = values(report, "audit_forget_states")
     # the original is the very model
     assert [states[f"cka_original_layer{layer}"] for layer in range(3)] == pytest.approx([1.0] * 3)

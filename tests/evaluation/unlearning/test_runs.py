@@ -12,7 +12,7 @@ from posttrain.cli import main
 from posttrain.config import from_tree, resolve
 from posttrain.experiments.reading import read_base, read_run
 from posttrain.metric_direction import direction
-from posttrain.pipeline import train
+from posttrain.pipeline import evaluate_only, train
 from tests import tiny
 
 
@@ -71,6 +71,29 @@ def test_a_training_run_is_measured_before_during_and_after(tree, tmp_path) -> N
     assert len(items) == 3 and all(map(math.isfinite, items))
     assert sum(items) / 3 == pytest.approx(run.metrics["tofu_forget/probability"])
     assert any((tmp_path / "cache").iterdir())
+
+
+def test_an_audit_during_training_relearns_on_a_copy(tree, tmp_path) -> None:
+    """The trainer's model carries TRL's forward, mixed precision and checkpointing; none may leak into the audit."""
+    forget = tree["evaluation"].pop("tofu")["forget"]
+    relearning = {"relearn_learning_rate": 1e-2, "relearn_share": 1.0, "relearn_epochs": 2}
+    groups = {"group_size": 1, "neighbours": 1}
+    tree["evaluation"]["audit"] = {"forget": forget, "template": "{question}=", **groups, **relearning}
+    tree["trainer"] |= {"bf16": True, "activation_checkpointing": True}
+    outcome = train(resolve(from_tree(tree)))
+    during = json.loads((tmp_path / "run" / "evaluation_step_2.json").read_text())["sources"]
+    course = [during["audit_forget_relearning"]["metrics"][f"probability_shown_epoch{epoch}"] for epoch in range(3)]
+    assert course[0]["value"] < course[1]["value"] < course[2]["value"]
+    assert "group_told_layer2" in during["audit_forget_states"]["metrics"]
+    # as the saved model alone has it
+    tree["model"]["name_or_path"] = str(tmp_path / "run")
+    tree["trainer"] |= {"output_dir": str(tmp_path / "alone"), "bf16": False, "use_cpu": True}
+    alone = evaluate_only(resolve(from_tree(tree)))
+    assert alone is not None and outcome.after is not None
+    for source, found in alone[0].sources.items():
+        for metric, measure in found.measures.items():
+            theirs = outcome.after.sources[source].measures[metric].estimate.value
+            assert theirs == pytest.approx(measure.estimate.value, rel=1e-4), f"{source}/{metric}"
 
 
 def test_a_suite_is_evaluated_alone(tree, tmp_path, capsys) -> None:
