@@ -1,9 +1,9 @@
 """Numbers and plots of finished unlearning comparisons, from runs/compare to launch/results/unlearning.
 
 NAME.json holds what is drawn, so that the plots can be made again without the runs: each run's metrics, those of the
-untouched model and of the oracle (the twin that never saw the rows to forget), and retain loss and dual variable by
-step where a constraint combines the two sides. NAME.md is the table, NAME.png the scatter of forget quality against
-model utility, NAME_constraint.png the constraint.
+untouched model and of the oracle (the twin that never saw the rows to forget), every trial of the tuning, and retain
+loss and dual variable by step where a constraint combines the two sides. NAME.md is the table, NAME.png the scatter of
+forget quality against model utility, NAME_constraint.png the constraint.
 """
 
 import argparse
@@ -26,6 +26,7 @@ METRICS = {
     "tofu/forget_quality_geometric": "forget quality (p)",
     "tofu/forget_ks_geometric": "KS distance",
     "tofu/model_utility_geometric": "model utility",
+    "tofu/balance_geometric": "balance",
     "tofu_forget/probability": "forget probability",
     "tofu_forget/rouge_l_recall": "forget ROUGE-L",
     "tofu_forget/extraction_strength": "extraction strength",
@@ -34,6 +35,7 @@ METRICS = {
     "tofu/mia_min_k_auc": "Min-K AUC",
     "tofu/privleak": "PrivLeak",
 }
+TRIED = (*tuple(METRICS)[:7], "tofu_retain/probability")
 RELEARNED, ROUNDED, STATES = "audit_forget_relearning", "audit_forget_rounding", "audit_forget_states"
 AUDIT = {
     f"{RELEARNED}/probability_shown_epoch0": "before relearning",
@@ -41,7 +43,7 @@ AUDIT = {
     f"{RELEARNED}/probability_unshown_epoch3": "other rows after it",
     f"{RELEARNED}/relearning_robustness_probability_shown": "relearning robustness",
     f"{ROUNDED}/probability_unrounded": "unrounded",
-    f"{ROUNDED}/probability_int4": "4-bit weights",
+    f"{ROUNDED}/probability_int4_group128": "4-bit weights",
     f"{STATES}/cka_original_layer4": "CKA to the untouched model",
     f"{STATES}/cka_retrained_layer4": "CKA to the oracle",
     f"{STATES}/group_told_layer4": "author told by neighbours",
@@ -56,13 +58,16 @@ MARKERS = "os^Dv<>phd"
 Tree = dict[str, Any]
 
 
-def record(comparison: Comparison, oracle: Mapping[str, float], audits: Path | None = None) -> Tree:
+def record(
+    comparison: Comparison, oracle: Mapping[str, float], audits: Path | None = None, trials: Sequence[Tree] = ()
+) -> Tree:
     """What is drawn and told, ready for JSON; whatever a run lacks is absent.
 
     Args:
         comparison: as read from its folder.
         oracle: ``source/metric`` -> value of the twin.
         audits: folder of audits, one folder each.
+        trials: of the tuning, as `tried` gives them.
     """
     untouched: dict[str, float] = {}
     for found in comparison.before.values():
@@ -74,8 +79,23 @@ def record(comparison: Comparison, oracle: Mapping[str, float], audits: Path | N
         "hardware": dict(comparison.hardware),
         "marks": {"untouched": _chosen(untouched), "oracle": _chosen(oracle)},
         "runs": [_run(run) for run in comparison.runs],
+        "trials": list(trials),
         "audit": {folder.name: metrics_of(folder) for folder in sorted(audits.iterdir())} if audits else {},
     }
+
+
+def tried(plan: Plan, comparison: Comparison) -> list[Tree]:
+    """Every trial of the tuning: what it tried, what came of it, and whether it was taken."""
+    taken = [(row["objective"], row["hyperparameters"]) for row in comparison.trials if row["chosen"]]
+    return [
+        {
+            "objective": trial.run.objective,
+            "hyperparameters": dict(trial.values),
+            "chosen": (trial.run.objective, dict(trial.values)) in taken,
+            "metrics": _chosen(metrics_of(job.folder)),
+        }
+        for trial, job in plan.trials
+    ]
 
 
 def _chosen(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -132,10 +152,20 @@ def table(found: Mapping[str, Any]) -> str:
     if found.get("audit"):
         audited = [(name, [{"metrics": metrics}]) for name, metrics in found["audit"].items()]
         lines += ["", "Audit, seed 0; probabilities are those of the answers to forget.", "", *_table(audited, AUDIT)]
+    if found.get("trials"):
+        rows = [(_trial(one), [one]) for one in found["trials"]]
+        intro = "Trials of the tuning (bold: taken), by learning rate and epochs."
+        lines += ["", intro, "", *_table(rows, {name: METRICS[name] for name in TRIED})]
     failed = [f"{run['objective']}, seed {run['seed']}" for run in found["runs"] if run["status"] != "done"]
     if failed:
         lines += ["", "Not finished: " + "; ".join(failed) + "."]
     return "\n".join(lines) + "\n"
+
+
+def _trial(found: Mapping[str, Any]) -> str:
+    values = ", ".join(f"{value:g}" for value in found["hyperparameters"].values())
+    mark = "**" if found["chosen"] else ""
+    return f"{mark}{found['objective']}, {values}{mark}"
 
 
 def _table(rows: Sequence[tuple[str, Sequence[Tree]]], metrics: Mapping[str, str]) -> list[str]:
@@ -222,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.oracle is not None:
         plan = Plan(schema.load(CONFIGS / f"{given.name}.yaml"))
         comparison = engine.read(plan, f"launch/tofu_tiny.sh {given.name}")
-        found = record(comparison, metrics_of(given.oracle), given.audits)
+        found = record(comparison, metrics_of(given.oracle), given.audits, tried(plan, comparison))
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     found = json.loads(path.read_text(encoding="utf-8"))
     path.with_suffix(".md").write_text(table(found), encoding="utf-8")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,14 @@ import pytest
 from launch import tofu_tiny, unlearning_plots
 from posttrain.config import from_tree, load
 from posttrain.data import sources
+from posttrain.evaluation import evaluate
+from posttrain.evaluation.unlearning import Question, TofuSuite, audit
+from posttrain.evaluation.unlearning.relearning import Relearning
 from posttrain.experiments import schema
 from posttrain.experiments.grid import expand
 from posttrain.experiments.results import Comparison, RunResult
 from posttrain.loading import load_rows, load_tokenizer
+from tests import tiny
 
 CONFIGS = Path("configs/unlearning/tofu_tiny")
 ROWS, PER_AUTHOR = 4000, 20
@@ -198,6 +203,26 @@ def test_a_record_holds_all_that_is_drawn(comparison: Comparison) -> None:
     assert lines[-1] == "Not finished: flat, seed 0."
 
 
+def test_trials_are_told_with_what_came_of_them(comparison: Comparison, tmp_path: Path) -> None:
+    hyperparameters = {"trainer.learning_rate": 1e-4, "trainer.num_train_epochs": 5}
+    folders = [tmp_path / "0", tmp_path / "1"]
+    folders[1].mkdir()
+    report = {"sources": {"tofu": {"metrics": {"model_utility_geometric": {"value": 0.25}}}}}
+    (folders[1] / "evaluation.json").write_text(json.dumps(report))
+    values = [{**hyperparameters, "trainer.learning_rate": 1e-3}, hyperparameters]
+    jobs = [
+        (SimpleNamespace(values=value, run=SimpleNamespace(objective="npo")), SimpleNamespace(folder=folder))
+        for value, folder in zip(values, folders, strict=True)
+    ]
+    rows = [{"objective": "npo", "hyperparameters": value, "chosen": value is hyperparameters} for value in values]
+    known: Any = SimpleNamespace(trials=rows)
+    plan: Any = SimpleNamespace(trials=jobs)
+    found = unlearning_plots.record(comparison, {}, trials=unlearning_plots.tried(plan, known))
+    lines = unlearning_plots.table(found).splitlines()
+    assert "| npo, 0.001, 5 | - | - | - | - | - | - | - | - |" in lines
+    assert "| **npo, 0.0001, 5** | - | - | 0.250 | - | - | - | - | - |" in lines
+
+
 def test_audits_have_a_table_of_their_own(comparison: Comparison, tmp_path: Path) -> None:
     (tmp_path / "npo-seed0").mkdir()
     metrics = {"probability_shown_epoch0": {"value": 0.1}, "probability_shown_epoch3": {"value": 0.6}}
@@ -205,6 +230,29 @@ def test_audits_have_a_table_of_their_own(comparison: Comparison, tmp_path: Path
     (tmp_path / "npo-seed0" / "evaluation.json").write_text(json.dumps(report))
     lines = unlearning_plots.table(unlearning_plots.record(comparison, {}, tmp_path)).splitlines()
     assert "| npo-seed0 | 0.100 | 0.600 | - | - | - | - | - | - | - |" in lines
+
+
+def test_every_column_is_what_the_suites_write(tofu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the settings of the experiment's YAMLs, on a model of as many layers."""
+    monkeypatch.setenv("POSTTRAIN_DATA", str(tofu.parent))
+    settings = load(CONFIGS / "audit.yaml").evaluation.audit
+    assert settings is not None and settings.group_size == PER_AUTHOR and settings.forget is not None
+    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in tiny.rows()]
+    model = tiny.model(num_hidden_layers=tofu_tiny.LAYERS)
+    others = {"original": lambda: tiny.model(num_hidden_layers=tofu_tiny.LAYERS), "groups": [0, 1] * 4}
+    relearning = Relearning(epochs=settings.relearn_epochs, share=settings.relearn_share)
+    report = audit(model, tiny.tokenizer(), rows, **others, retrained=others["original"], relearning=relearning,
+                   resamples=10)  # fmt: skip
+    written = {f"{name}/{metric}" for name, source in report.sources.items() for metric in source.measures}
+    assert set(unlearning_plots.AUDIT) <= written
+
+    names = {"forget": "abc", "retain": "def", "real_authors": "ghi", "world_facts": "jkl", "holdout": "mno"}
+    questions = {name: [Question(one, "12", f"{one}=", "21", ("3",)) for one in letters]
+                 for name, letters in names.items()}  # fmt: skip
+    suite = TofuSuite(questions, retain=others["original"], max_new_tokens=4)
+    report = evaluate(model, tiny.tokenizer(), {"tofu": suite}, resamples=10)
+    written = {f"{name}/{metric}" for name, source in report.sources.items() for metric in source.measures}
+    assert set(unlearning_plots.METRICS) <= written
 
 
 def test_the_scatter_marks_every_run_and_the_constraint_its_bound(comparison: Comparison) -> None:
