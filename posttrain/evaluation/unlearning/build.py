@@ -52,7 +52,7 @@ def tofu_suite(config: TofuConfig, tokenizer: PreTrainedTokenizerBase) -> tofu.T
     prints = {f"tofu_{name}": fingerprint(data[name]) for name in ("forget", "holdout") if name in data}
     return tofu.TofuSuite(
         data,
-        retain=_retain(config.retain_model, "tofu", prints, f"{tofu.KEY}.retain_model"),
+        retain=_retain(config, "tofu", prints),
         reference=_model(config.reference_model, f"{tofu.KEY}.reference_model"),
         generate=config.generate,
         max_new_tokens=config.max_new_tokens,
@@ -94,7 +94,7 @@ def muse_suite(config: MuseConfig, tokenizer: PreTrainedTokenizerBase) -> muse.M
         passages,
         questions,
         examples,
-        retain=_retain(config.retain_model, "muse", prints, f"{muse.KEY}.retain_model"),
+        retain=_retain(config, "muse", prints),
         prefix_tokens=config.prefix_tokens,
         continuation_tokens=config.continuation_tokens,
         answer_tokens=config.answer_tokens,
@@ -159,11 +159,12 @@ def _texts(source: DataSource, key: str) -> list[str]:
 
 
 def _retain(
-    config: ModelConfig | None, suite: str, fingerprints: dict[str, str], key: str
+    config: TofuConfig | MuseConfig, suite: str, fingerprints: dict[str, str]
 ) -> LoadModel | RetainResults | None:
-    if config is not None and config.name_or_path.endswith(".json"):
-        return read_results(config.name_or_path, suite, fingerprints, f"{key}.name_or_path")
-    return _model(config, key)
+    given, key = config.retain_model, f"evaluation.{suite}.retain_model"
+    if given is not None and given.name_or_path.endswith(".json"):
+        return read_results(given.name_or_path, suite, fingerprints, f"{key}.name_or_path", min_k=config.min_k)
+    return _model(given, key)
 
 
 def _model(config: ModelConfig | None, key: str) -> LoadModel | None:

@@ -99,7 +99,7 @@ def note(measured: Measured, found: Findings, completions: Completions | None) -
             item["completion"] = texts[0]
         found.counts["truncated_prompts"] = completions.truncated_prompts
         found.counts["unfinished_completions"] = completions.unfinished
-    found.counts["truncated_answers"] = answer.truncated
+    found.counts["truncated_answers"] = int(answer.truncated.sum())
     found.left_out |= measured.left_out
     found.each("tokens", answer.lengths)
     found.each("mean_nll", answer.mean_nll)

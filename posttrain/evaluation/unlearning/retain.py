@@ -28,32 +28,43 @@ class RetainResults:
     auc: float | None = None
 
 
-def read_results(path: str | Path, suite: str, fingerprints: Mapping[str, str], key: str) -> RetainResults:
+def read_results(
+    path: str | Path, suite: str, fingerprints: Mapping[str, str], key: str, *, min_k: float
+) -> RetainResults:
     """Results from the .json of an evaluation and the items beside it.
+
+    A source that was not evaluated then leaves out what needs it.
 
     Args:
         path: such as ``evaluation.json``, with ``evaluation_items.jsonl`` beside it.
         suite: ``tofu`` or ``muse``.
         fingerprints: source -> of its rows, which must be those that were evaluated then.
         key: where the path stands in the configuration, for messages.
+        min_k: share of an answer's tokens that Min-K looks at, which must be that of then.
 
     Raises:
-        ValueError: no such file or items, no results of the suite in it, or results on other rows.
+        ValueError: no such file or items, no results of the suite in it, or results on other rows or of another Min-K.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"{key} is {str(path)!r}, and there is no such file; name a model or an evaluation's .json.")
-    sources: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("sources", {})
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    sources: dict[str, Any] = found.get("sources", {})
     if suite not in sources:
         raise ValueError(f"{key} {str(path)!r} holds no results of {suite}; evaluate the retain model on it first.")
     for source, fingerprint in fingerprints.items():
-        held = sources.get(source, {}).get("fingerprint")
-        if held != fingerprint:
+        if source in sources and sources[source].get("fingerprint") != fingerprint:
             raise ValueError(
                 f"{key} {str(path)!r} was evaluated on other rows of {source} (or with another template); evaluate the "
                 "retain model with the same evaluation settings."
             )
     auc = sources[suite]["metrics"].get("mia_min_k_auc", {}).get("value")
+    share = found.get("settings", {}).get(suite, {}).get("min_k")
+    if auc is not None and share != min_k:
+        raise ValueError(
+            f"{key} {str(path)!r} was evaluated with min_k {share}, and evaluation.{suite}.min_k is {min_k}; evaluate "
+            "the retain model with the same evaluation settings."
+        )
     return RetainResults(_ratios(file, f"{suite}_forget", key), auc)
 
 

@@ -14,11 +14,12 @@ from posttrain.evaluation.report import SourceReport
 from posttrain.evaluation.rows import prompt_ids
 from posttrain.evaluation.unlearning import membership
 from posttrain.evaluation.unlearning.findings import Findings, Interval
-from posttrain.evaluation.unlearning.measured import log_truth_ratios, measure, note
+from posttrain.evaluation.unlearning.measured import DATA_SETS, log_truth_ratios, measure, note
 from posttrain.evaluation.unlearning.questions import Question, fingerprint, score_questions, shared
 from posttrain.evaluation.unlearning.retain import LoadModel, RetainResults
 from posttrain.evaluation.unlearning.summary import KEY, summarise
 from posttrain.evaluation.unlearning.tokens import AnswerScorer, AnswerTokens
+from posttrain.suggest import unknown
 
 # What the metrics' papers leave open, as it is done here.
 CONVENTIONS = {
@@ -42,7 +43,8 @@ class TofuSuite(Benchmark):
         described: what else the report's settings are to say, such as the names of the models.
 
     Raises:
-        ValueError: rows to forget stand among those to keep or held out as well.
+        ValueError: an unknown name, a data set without rows, or rows to forget that stand among those to keep or held
+            out as well.
     """
 
     data: Mapping[str, Sequence[Question]]
@@ -56,6 +58,11 @@ class TofuSuite(Benchmark):
 
     def __post_init__(self) -> None:
         self._reference: dict[str, AnswerTokens] | None = None
+        for name, questions in self.data.items():
+            if name not in DATA_SETS:
+                raise ValueError(unknown(KEY, name, DATA_SETS))
+            if not questions:
+                raise ValueError(f"{KEY}.{name} has no rows; give another source.")
         for other, meant in (("retain", "to keep"), ("holdout", "held out")):
             both = shared(self.data.get("forget", ()), self.data.get(other, ()))
             if both:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.evaluation.inference import CausalLM, max_positions
@@ -33,7 +35,7 @@ class AnswerTokens:
         is_top1: (tokens,) whether that token is the most probable one.
         entropy: (tokens,) nats, of the distribution over the vocabulary.
         surprisal_variance: (tokens,) variance of log p under that distribution, nats squared.
-        truncated: answers that were cut at the model's positions.
+        truncated: (answers,) whether an answer was cut at the model's positions.
     """
 
     lengths: Array
@@ -42,7 +44,7 @@ class AnswerTokens:
     is_top1: Array
     entropy: Array
     surprisal_variance: Array
-    truncated: int = 0
+    truncated: Array
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -61,7 +63,8 @@ class AnswerTokens:
         starts = np.cumsum(self.lengths) - self.lengths
         tokens = _positions(starts[index], self.lengths[index])
         per_token = {name: getattr(self, name)[tokens] for name in _PER_TOKEN}
-        return AnswerTokens(self.lengths[index], self.text_lengths[index], **per_token, truncated=self.truncated)
+        per_answer = {name: getattr(self, name)[index] for name in ("lengths", "text_lengths", "truncated")}
+        return AnswerTokens(**per_answer, **per_token)
 
 
 _PER_TOKEN = ("logp", "is_top1", "entropy", "surprisal_variance")
@@ -127,7 +130,7 @@ class AnswerScorer:
                 f"{limit} positions of the model."
             )
         text = [_text_length(self.tokenizer, ids, scored) for ids, scored in cut]
-        truncated = sum(len(short[0]) < len(full[0]) for short, full in zip(cut, sequences, strict=True))
+        truncated = np.array([len(short[0]) < len(full[0]) for short, full in zip(cut, sequences, strict=True)])
         known: dict[str, Any] = {"lengths": lengths, "text_lengths": np.array(text), "truncated": truncated}
         file = self._file(cut)
         if file is not None and file.exists():
@@ -137,7 +140,7 @@ class AnswerScorer:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             # a name of its own until it is whole: several runs may share the folder
-            partial = file.with_name(f".{file.stem}-{id(found)}.npz")
+            partial = file.with_name(f".{file.stem}-{uuid4().hex}.npz")
             np.savez(partial, **found)
             partial.replace(file)
         return AnswerTokens(**known, **found)
@@ -173,9 +176,13 @@ class AnswerScorer:
 
 
 def model_fingerprint(model: CausalLM) -> str:
-    """Digest of a model's class, configuration and weights (values and types)."""
-    described = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps([type(model).__name__, described], sort_keys=True, default=str).encode())
+    """Digest of a model's class, configuration, adapters' settings and weights (values and types)."""
+    described = [{name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}]
+    if isinstance(model, PeftModel):
+        # how the adapters scale stands in their settings alone
+        described += [{"adapters": model.active_adapters, "off": model.get_model_status().enabled is False}]
+        described += [model.peft_config[name].to_dict() for name in sorted(model.peft_config)]
+    digest = hashlib.sha256(json.dumps([type(model).__name__, *described], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

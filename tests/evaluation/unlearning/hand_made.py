@@ -29,4 +29,5 @@ def answers(
         is_top1=flat(is_top1).astype(bool),
         entropy=flat(entropy),
         surprisal_variance=flat(variance),
+        truncated=np.zeros(len(logp), bool),
     )

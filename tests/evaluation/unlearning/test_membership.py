@@ -5,7 +5,9 @@ import zlib
 import numpy as np
 import pytest
 
+from posttrain.evaluation.bootstrap import Estimate
 from posttrain.evaluation.unlearning import membership
+from posttrain.evaluation.unlearning.findings import Findings, Interval, add_leak
 from tests.evaluation.unlearning.hand_made import answers
 
 
@@ -66,6 +68,17 @@ def test_auc_agrees_with_scikit_learn_and_its_interval_covers_it() -> None:
     a, q1, q2 = found.value, found.value / (2 - found.value), 2 * found.value**2 / (1 + found.value)
     error = np.sqrt((a * (1 - a) + 49 * (q1 - a * a) + 69 * (q2 - a * a)) / (50 * 70))
     assert (found.high - found.low) / (2 * 1.645 * error) == pytest.approx(1, abs=0.2)
+
+
+def test_the_interval_of_the_leak_is_that_of_the_auc_turned_round() -> None:
+    found = Findings(3, "", Interval(10, 0.9, 0))
+    found.number("mia_min_k_auc", Estimate(0.6, 0.5, 0.8, 12))
+    add_leak(found, 0.4, "")
+    leak, to_half = (found.measures[name].estimate for name in ("privleak", "privleak_to_half"))
+    assert [leak.value, leak.low, leak.high] == pytest.approx([-100 / 3, -200 / 3, -50 / 3]) and leak.n == 12
+    assert [to_half.value, to_half.low, to_half.high] == pytest.approx([-20, -60, 0])
+    add_leak(found, 1.0, "")
+    assert "1 - AUC is divided by" in found.left_out["privleak"]
 
 
 def test_privacy_leak_by_its_definition() -> None:

@@ -142,6 +142,9 @@ def test_wrong_keys_are_named(tree) -> None:
 def test_which_way_the_metrics_get_better() -> None:
     assert direction("tofu/forget_quality_geometric") == direction("tofu/model_utility_arithmetic") == 1
     assert direction("tofu/forget_ks_geometric") == -1
+    assert direction("audit_forget_relearning/relearning_robustness_probability_shown") == 1
+    assert direction("audit_retain_rounding/probability_int4_channel") == 1
+    assert direction("audit_forget_rounding/probability_int4_channel") == 0
     assert direction("tofu_retain/probability") == direction("tofu_world_facts/truth_ratio_geometric") == 1
     for metric in ("tofu_forget/probability", "tofu/privleak", "tofu/mia_min_k_auc", "muse_forget/verbmem_rouge_l_f1"):
         assert direction(metric) == 0

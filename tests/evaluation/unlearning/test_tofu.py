@@ -165,6 +165,22 @@ def test_a_model_is_its_own_retain_model_and_a_trained_one_is_not(suite, report)
     assert value(report, "tofu/forget_quality_geometric") < 1.0
 
 
+def test_each_text_is_forwarded_once_whatever_the_number_of_metrics(memorised) -> None:
+    """All metrics of a data set come from one pass; two rows more find out whether the head may be streamed."""
+    suite, rows, hidden = TofuSuite(DATA, generate=False), [], memorised.model.norm
+    hook = hidden.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    try:
+        evaluate(memorised, tiny.tokenizer(), {"tofu": suite}, **OPTIONS)
+    finally:
+        hook.remove()
+    texts = sum(
+        1 + (one.paraphrase is not None and name != "holdout") + len(one.perturbed)
+        for name, several in DATA.items()
+        for one in several
+    )
+    assert sum(rows) == texts + 2 * len(DATA)
+
+
 def test_a_model_is_no_member_against_itself_as_reference(suite) -> None:
     found = evaluate(tiny.model(), tiny.tokenizer(), {"tofu": suite}, **OPTIONS)
     assert value(found, "tofu/mia_reference_auc") == pytest.approx(0.5)
@@ -238,6 +254,25 @@ def test_what_cannot_be_computed_is_left_out_with_its_reason(data, options, left
         assert all(source.not_measured.values())
 
 
+def test_a_smaller_forget_probability_is_not_painted_as_a_loss(memorised) -> None:
+    reports = [
+        evaluate(model, tiny.tokenizer(), {"tofu": TofuSuite(DATA, generate=False)}, **OPTIONS)
+        for model in (memorised, tiny.model())
+    ]
+    table = comparison_table(*reports)
+    cells = zip(*(list(column.cells) for column in table.columns), strict=True)
+    found = {(source, metric): difference for source, metric, _, _, difference, _ in cells}
+    assert "[" not in found["tofu_forget", "probability"]
+    assert found["tofu_retain", "probability"].startswith("[red]")
+
+
+def test_data_sets_are_known_by_name_and_have_rows() -> None:
+    with pytest.raises(ValueError, match=r"'forgets'.*forget"):
+        TofuSuite({"forgets": DATA["forget"]})
+    with pytest.raises(ValueError, match=r"evaluation\.tofu\.retain has no rows"):
+        TofuSuite({**DATA, "retain": []})
+
+
 @pytest.mark.parametrize("other", ["holdout", "retain"])
 def test_rows_to_forget_among_the_others_are_refused(other) -> None:
     with pytest.raises(ValueError, match=rf"evaluation\.tofu\.{other} holds 6 of the 6 rows"):
@@ -304,6 +339,20 @@ def test_results_that_do_not_fit_are_refused(tmp_path, config) -> None:
         config.retain_model = ModelConfig(name_or_path=place)
         with pytest.raises(ValueError, match=rf"{key}\.name_or_path is '{place}'"):
             tofu_suite(config, tiny.tokenizer())
+
+
+def test_results_of_another_min_k_are_refused_and_missing_rows_leave_out(tmp_path, config, memorised) -> None:
+    config.min_k = 0.2
+    config.retain_model = ModelConfig(name_or_path=str(saved_evaluation(tmp_path, config, tiny.model(seed=4))))
+    config.min_k = 0.4
+    with pytest.raises(ValueError, match=r"was evaluated with min_k 0\.2, and evaluation\.tofu\.min_k is 0\.4"):
+        tofu_suite(config, tiny.tokenizer())
+    holdout, config.holdout, config.retain_model = config.holdout, None, None
+    path = saved_evaluation(tmp_path, config, tiny.model(seed=4))
+    config.holdout, config.retain_model = holdout, ModelConfig(name_or_path=str(path))
+    found = evaluate(memorised, tiny.tokenizer(), {"tofu": tofu_suite(config, tiny.tokenizer())}, **OPTIONS)
+    assert value(found, "tofu/forget_ks_geometric") > 0
+    assert found.sources["tofu"].not_measured["privleak"] == "the retain model's results hold no AUC of Min-K"
 
 
 def test_a_suite_without_data_or_with_misplaced_keys_is_refused(config) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from posttrain.evaluation.unlearning import AnswerScorer
 from posttrain.evaluation.unlearning.tokens import model_fingerprint
@@ -79,7 +80,8 @@ def test_an_unknown_token_at_the_end_is_text(model) -> None:
 def test_what_does_not_fit_is_counted_or_refused(model) -> None:
     scorer = AnswerScorer(model, tiny.tokenizer())
     found = scorer.rows([{"prompt": "a" * 120 + "=", "completion": "1" * 20}, ROWS[0]], "rows")
-    assert found.truncated == 1 and found.lengths.tolist() == [7, 3]
+    assert found.truncated.tolist() == [True, False] and found.lengths.tolist() == [7, 3]
+    assert found.take(np.array([1])).truncated.tolist() == [False]
     with pytest.raises(ValueError, match="answer 1 has no token to score"):
         scorer.rows([ROWS[0], {"prompt": "a" * 130 + "=", "completion": "1"}], "rows")
 
@@ -109,6 +111,23 @@ def test_the_cache_answers_for_the_same_weights_and_rows_alone(model, tmp_path, 
         other.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-9
     AnswerScorer(other, tiny.tokenizer(), cache=tmp_path).rows(ROWS, "rows")
     assert len(calls) == 2 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_fingerprint_knows_how_an_adapter_scales_and_whether_it_is_on() -> None:
+    def adapted(alpha: int):
+        model = get_peft_model(tiny.model(), LoraConfig(r=2, lora_alpha=alpha, init_lora_weights=False))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora" in name:
+                    parameter.fill_(0.1)
+        return model
+
+    model = adapted(2)
+    assert model_fingerprint(model) == model_fingerprint(adapted(2)) != model_fingerprint(adapted(4))
+    on = model_fingerprint(model)
+    with model.disable_adapter():
+        assert model_fingerprint(model) != on
+    assert model_fingerprint(model) == on
 
 
 def test_a_fingerprint_is_of_weights_and_configuration() -> None:
