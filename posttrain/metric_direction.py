@@ -45,7 +45,7 @@ def direction(metric: str) -> int:
     """1 where more is better, -1 where less is, 0 where neither is.
 
     On a source to be forgotten knowing less is wanted, but not without bound: only metrics made for forgetting, with
-    ``forget`` in their own name, have a direction there.
+    ``forget`` or ``robustness`` in their own name, have a direction there.
 
     Args:
         metric: its name, with or without its source in front (``reverse_word/nll``).
@@ -53,6 +53,7 @@ def direction(metric: str) -> int:
     source, _, name = metric.rpartition("/")
     # lm-evaluation-harness writes the filter of the answers behind the metric
     name = name.partition(",")[0]
-    if name in NO_DIRECTION or ("forget" in source and "forget" not in name):
+    of_forgetting = "forget" in name or "robustness" in name
+    if name in NO_DIRECTION or ("forget" in source and not of_forgetting):
         return 0
     return -1 if name in LOWER_IS_BETTER else 1

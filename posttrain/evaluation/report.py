@@ -9,7 +9,7 @@ import numpy.typing as npt
 from rich.table import Table
 
 from posttrain.evaluation.bootstrap import Estimate, Statistic, paired_difference
-from posttrain.metric_direction import LOWER_IS_BETTER, NO_DIRECTION
+from posttrain.metric_direction import direction
 
 Array = npt.NDArray[Any]
 
@@ -141,7 +141,7 @@ def comparison_table(before: Report, after: Report, title: str = "Before and aft
         for metric, found in metrics.items():
             cells = [f"{_number(one.value)} {_interval(one)}" for one in (found.before, found.after)]
             difference = f"{found.difference.value:+.4g} {_interval(found.difference)}"
-            style = _style(metric, found.difference)
+            style = _style(f"{name}/{metric}", found.difference)
             cells.append(f"[{style}]{difference}[/{style}]" if style else difference)
             table.add_row(name, metric, *cells, str(found.difference.n))
         for metric, one, two in _without_items(before, after, name):
@@ -163,9 +163,10 @@ def _without_items(before: Report, after: Report, source: str) -> list[tuple[str
 
 
 def _style(metric: str, difference: Estimate) -> str:
-    if difference.low <= 0 <= difference.high or metric in NO_DIRECTION:
+    way = direction(metric)
+    if difference.low <= 0 <= difference.high or way == 0:
         return ""
-    return "green" if (difference.value < 0) == (metric in LOWER_IS_BETTER) else "red"
+    return "green" if way * difference.value > 0 else "red"
 
 
 def _source_dict(source: SourceReport) -> dict[str, Any]:
