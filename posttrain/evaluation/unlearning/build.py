@@ -155,7 +155,11 @@ def _texts(source: DataSource, key: str) -> list[str]:
         return [path.read_text(encoding="utf-8")]
     rows = sources.load(source, key=key)
     fields.require("text", sources.columns_of(rows), key, "a set of texts")
-    return [str(row["text"]) for row in rows]
+    found = [row["text"] for row in rows]
+    strange = next((index for index, text in enumerate(found) if not isinstance(text, str)), None)
+    if strange is not None:
+        raise ValueError(f"{key}, row {strange}: text is {found[strange]!r}; expected text.")
+    return found
 
 
 def _retain(

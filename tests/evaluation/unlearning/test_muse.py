@@ -131,6 +131,10 @@ def test_bad_settings_are_named(config, words, tmp_path) -> None:
     config.holdout = DataSource(path=str(tmp_path / "qa.jsonl"))
     with pytest.raises(ValueError, match=r"evaluation\.muse\.holdout: a set of texts needs the column 'text'"):
         muse_suite(config, words)
+    (tmp_path / "null.jsonl").write_text(json.dumps({"text": HOLDOUT}) + "\n" + json.dumps({"text": None}) + "\n")
+    config.holdout = DataSource(path=str(tmp_path / "null.jsonl"))
+    with pytest.raises(ValueError, match=r"evaluation\.muse\.holdout, row 1: text is None"):
+        muse_suite(config, words)
     config.holdout = None
     config.forget = DataSource(path=str(tmp_path / "forget.txt"), limit=2)
     with pytest.raises(ValueError, match=r"evaluation\.muse\.forget\.limit counts rows"):
