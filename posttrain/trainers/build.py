@@ -66,11 +66,9 @@ def build(config: RunConfig, args: Any, tokenizer: Any, data: Mapping[str, Any])
         if config.teacher is not None:
             frozen["teacher"] = load_model(config.teacher, key="teacher")
     if config.method != "supervised":
-        frozen["reference"] = config.reference
-    if config.method in ("preference", "binary_feedback"):
-        frozen["reference_cache"] = config.reference_cache
-        if config.reference_model is not None:
-            frozen["ref_model"] = load_model(config.reference_model, key="reference_model")
+        frozen |= {"reference": config.reference, "reference_cache": config.reference_cache}
+    if config.method in ("preference", "binary_feedback") and config.reference_model is not None:
+        frozen["ref_model"] = load_model(config.reference_model, key="reference_model")
     trainer = TRAINERS[config.method]
     if config.assistant is not None:
         trainer, frozen = LogitDifferenceTrainer, {**frozen, **dataclasses.asdict(config.assistant)}

@@ -105,6 +105,18 @@ class LiveReference:
         return found, (outputs.hidden, outputs.head) if self.needs.vocabulary else None
 
 
+def keep_adapter(model: PeftModel) -> None:
+    """Add ``ref`` to a model whose adapter knows something already: a frozen copy, as TRL's DPO trainer makes one."""
+    active = model.active_adapter
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
+    model.add_adapter("ref", copy.deepcopy(model.peft_config[active]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f".{active}." in name:
+                model.get_parameter(name.replace(f".{active}.", ".ref.")).copy_(parameter)
+
+
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and then as it was."""

@@ -74,6 +74,12 @@ def reference_needs(terms: tuple[Term, ...], moving_roles: Sequence[str] = ()) -
     return Needs(groups, vocabulary, any(_per_token(one) for _, one in of_reference), no_cache)
 
 
+def reference_roles(terms: Sequence[Term]) -> list[str]:
+    """The roles of the completions whose reference statistics the terms read, each once."""
+    read = (one.role or term.role for term in terms for one in term.all_statistics if one.reference_kernel_names)
+    return list(dict.fromkeys(read))
+
+
 def _per_token(statistic: Statistic) -> bool:
     whole = statistic.kernel in ("logratio", "sequence_logp")
     return not (whole or (statistic.kernel == "logp" and statistic.reduction in ("sum", "mean")))
@@ -111,19 +117,22 @@ def circumstances(
     )
     evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
     streamed = any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated))
-    whole = not streamed and args.num_train_epochs >= 1
-    if not streamed and args.max_steps > 0:
-        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        whole = args.max_steps * step >= len(train_dataset)
+    whole = not streamed and rows_drawn(args, len(train_dataset)) >= len(train_dataset)
     return Circumstances(
         streamed=streamed,
         whole_epoch=whole,
         adapter=bool(adapters),
         changed_base=changed_base(adapters),
         given=ref_model is not None,
-        synced=args.sync_ref_model,
+        synced=getattr(args, "sync_ref_model", False),
         fsdp=bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP"),
     )
+
+
+def rows_drawn(args: Any, rows: int) -> float:
+    """How many rows training draws out of so many, over all its epochs."""
+    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.max_steps * step if args.max_steps > 0 else args.num_train_epochs * rows
 
 
 def choose(reference: str, needs: Needs, here: Circumstances) -> tuple[str, str]:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -13,21 +13,26 @@ from torch import Tensor, nn
 
 from posttrain.binding import REFERENCE
 from posttrain.config import KernelConfig
+from posttrain.data.preference_preparation import PROMPT
 from posttrain.modeling import attach
 from posttrain.side import Side
 from posttrain.trainers import trl_adapter
-from posttrain.trainers.checkpoints import ReferenceInCheckpoints
 from posttrain.trainers.coupling import Computed
 from posttrain.trainers.evaluating import NOT_FOR_MODEL
 from posttrain.trainers.reference import LiveReference, frozen_copy, without_dropout
 from posttrain.trainers.reference_choice import Circumstances, Needs, choose
 from posttrain.trainers.reference_pass import Ask, ReferencePass, shared_hash_of
 
+if TYPE_CHECKING:
+    from transformers import Trainer as Host
+else:
+    Host = object
+
 logger = logging.getLogger(__name__)
 
 
-class ReferenceHandling(ReferenceInCheckpoints):
-    """The part of `posttrain.trainers.referenced.ReferencedMixin` that has to do with the reference model.
+class ReferenceHandling(Host):
+    """What has to do with the reference model in trainers that compare with one.
 
     Cached log-probabilities are computed at the end of the constructor: the policy has its first weights only there,
     and engines shard it when training starts.
@@ -100,21 +105,29 @@ class ReferenceHandling(ReferenceInCheckpoints):
             self._reference_weights,
             self.model if model is None else model,
             folder=folder,
-            roles=self.roles,
-            collator=self.data_collator,
             args=self.args,
             accelerator=self.accelerator,
+            **self._kept_for(),
         )
         with self._asked(live) as ask:
-            self.train_dataset = added.add(self.train_dataset, "train", ask)
-            if isinstance(self.eval_dataset, dict):
-                for name, one in self.eval_dataset.items():
-                    self.eval_dataset[name] = added.add(one, f"eval-{name}", ask)
-            elif self.eval_dataset is not None:
-                self.eval_dataset = added.add(self.eval_dataset, "eval", ask)
+            self._add_reference(added, ask)
         self._give_up_reference()
         live.model = None
         self._reference_pass, self._pass_over = added, live
+
+    def _kept_for(self) -> dict[str, Any]:
+        """What a row of the data is, as `ReferencePass` takes it."""
+        ids = [PROMPT, *(f"{role or 'completion'}_ids" for role in self.roles)]
+        return {"roles": self.roles, "ids": ids, "collator": self.data_collator}
+
+    def _add_reference(self, added: ReferencePass, ask: Ask | None) -> None:
+        """Put the columns of a cached reference beside the data that the trainer was given."""
+        self.train_dataset = added.add(self.train_dataset, "train", ask)
+        if isinstance(self.eval_dataset, dict):
+            for name, one in self.eval_dataset.items():
+                self.eval_dataset[name] = added.add(one, f"eval-{name}", ask)
+        elif self.eval_dataset is not None:
+            self.eval_dataset = added.add(self.eval_dataset, "eval", ask)
 
     def _give_up_reference(self) -> None:
         """Nothing of the trainer keeps a reference model of its own in memory."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from posttrain.data.collation import ROW_NUMBER
 from posttrain.data.preference_collation import REFERENCE_SUM, REFERENCE_TOKENS
-from posttrain.data.preference_preparation import PROMPT
 from posttrain.modeling import causal_lm
 from posttrain.reduction import segment_sum, sum_dtype
 from posttrain.reference_cache import Fingerprint, ReferenceCache, folder_beside, hash_rows, hash_weights
@@ -53,6 +52,7 @@ class ReferencePass:
         folder: holds one folder for each data set; None keeps them beside the data sets' own cache files, or in the
             run's output folder.
         roles: of a row's completions.
+        ids: columns of lists of integers, prompt and completions, that the numbers depend on.
         collator: of the trainer; every completion gets a row of its own.
         args: of the trainer.
         accelerator: of the trainer.
@@ -66,11 +66,13 @@ class ReferencePass:
         *,
         folder: str | Path | None,
         roles: Sequence[str],
+        ids: Sequence[str],
         collator: Any,
         args: Any,
         accelerator: Accelerator,
     ) -> None:
         self.needs, self.weights, self.folder, self.roles = needs, weights, folder, tuple(roles)
+        self.ids = tuple(ids)
         self.collator, self.args, self.accelerator = separate_rows(collator), args, accelerator
         precision = str(causal_lm(model).dtype).removeprefix("torch.")
         mixed = str(accelerator.mixed_precision)
@@ -101,10 +103,9 @@ class ReferencePass:
         return cache.join(dataset)
 
     def _open(self, dataset: Dataset, name: str | None) -> ReferenceCache:
-        completions = [f"{role or 'completion'}_ids" for role in self.roles]
         found: list[Any] = [None, None]
         if self.accelerator.is_main_process:
-            found = [hash_rows(dataset, [PROMPT, *completions]), str(folder_beside(dataset, self.args.output_dir))]
+            found = [hash_rows(dataset, self.ids), str(folder_beside(dataset, self.args.output_dir))]
         broadcast_object_list(found)
         fingerprint = Fingerprint(self.weights, found[0], self.needs.cached_statistics, self.precision)
         own = f"reference-{fingerprint.digest[:16]}"

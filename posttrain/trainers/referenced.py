@@ -18,6 +18,7 @@ from posttrain.term import Term
 from posttrain.terms import Available, Objective, build_terms
 from posttrain.trainers import trl_adapter
 from posttrain.trainers.base import ObjectiveMixin
+from posttrain.trainers.checkpoints import ReferenceInCheckpoints
 from posttrain.trainers.kernel import check_kernel, kernel_config
 from posttrain.trainers.reference_choice import circumstances, reference_needs
 from posttrain.trainers.reference_handling import ReferenceHandling
@@ -28,7 +29,7 @@ TEXT_COLUMNS = frozenset(
 )  # fmt: skip
 
 
-class ReferencedMixin(ReferenceHandling, ObjectiveMixin):
+class ReferencedMixin(ReferenceHandling, ReferenceInCheckpoints, ObjectiveMixin):
     """Goes before trl.DPOTrainer or trl.KTOTrainer: objectives over completions by role, and their reference model."""
 
     # ("chosen", "rejected"), or ("",) for completions without a role

@@ -62,7 +62,7 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        args = _sft_config(args, model)
+        args = sft_config(args, model)
         trl_adapter.refuse_replaced_settings(args)
         trl_adapter.refuse_own_parts(kwargs, type(self).__name__)
         if train_dataset is None:
@@ -171,7 +171,7 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
             self._signature_columns = names  # type: ignore[assignment]
 
 
-def _sft_config(args: SFTConfig | TrainingArguments | None, model: Any) -> SFTConfig:
+def sft_config(args: SFTConfig | TrainingArguments | None, model: Any) -> SFTConfig:
     if isinstance(args, SFTConfig):
         return args
     if args is not None:

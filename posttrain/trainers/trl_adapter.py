@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoProcessor, set_seed
 from trl import KTOConfig
-from trl.models.utils import prepare_deepspeed
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path
 
 from posttrain.data.collation import CompletionCollator
@@ -248,6 +248,15 @@ def placed(trainer: Any) -> Iterator[Any]:
         yield engine
     finally:
         end_engine(engine)
+
+
+def reference_placed(model: Any, trainer: Any) -> Any:
+    """A model beside the trainer's, in the engine that TRL's DPO trainer would give its reference."""
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(model, trainer.accelerator)
+    if trainer.is_fsdp_enabled:
+        return prepare_fsdp(model, trainer.accelerator)
+    return trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
 
 def end_engine(model: Any) -> None:

@@ -1,7 +1,8 @@
 """Unlearning on trl.SFTTrainer: terms on what is to be forgotten, terms on what is to stay, a sum or a constraint."""
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,24 +13,29 @@ from torch.utils.data import DataLoader
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from posttrain.combination import DualVariable, parse
-from posttrain.data.collation import ROW_NUMBER
-from posttrain.data.drawing import DrawingSampler, DrawnRows
 from posttrain.data.overlap import refuse_overlap
-from posttrain.data.preparation import AnyDataset, column_names, number_rows
-from posttrain.data.refusals import with_refusals
+from posttrain.data.preference_collation import REFERENCE_SUM, REFERENCE_TOKENS
+from posttrain.data.preparation import AnyDataset, number_rows
 from posttrain.data.unlearning_collation import ROLES, UnlearningCollator
-from posttrain.modeling import attach, causal_lm
 from posttrain.reduction import StepCounts, sum_dtype
 from posttrain.side import Side
 from posttrain.term import Term
 from posttrain.terms import Available, build_terms
+from posttrain.trainers import trl_adapter
 from posttrain.trainers.coupling import Computed
 from posttrain.trainers.metrics import MetricSums
-from posttrain.trainers.reference import LiveReference, frozen_copy
-from posttrain.trainers.reference_choice import reference_needs
-from posttrain.trainers.supervised import SupervisedTrainer, side_columns
-
-logger = logging.getLogger(__name__)
+from posttrain.trainers.reference import keep_adapter
+from posttrain.trainers.reference_choice import (
+    Circumstances,
+    circumstances,
+    reference_needs,
+    reference_roles,
+    rows_drawn,
+)
+from posttrain.trainers.reference_handling import ReferenceHandling
+from posttrain.trainers.reference_pass import Ask, ReferencePass
+from posttrain.trainers.supervised import SupervisedTrainer, sft_config, side_columns
+from posttrain.trainers.unlearning_rows import RowsByRole, check_rows
 
 DUAL = "dual_variable"
 # what a term may lack -> the setting that gives it
@@ -41,7 +47,7 @@ REMEDIES = {
 }
 
 
-class UnlearningTrainer(SupervisedTrainer):
+class UnlearningTrainer(ReferenceHandling, RowsByRole, SupervisedTrainer):  # type: ignore[misc]
     """trl.SFTTrainer that forgets one data set and keeps another.
 
     The loss of a step is the forget terms' plus the retain terms', each over its own count of the whole step and all
@@ -57,7 +63,10 @@ class UnlearningTrainer(SupervisedTrainer):
         refusal_template: a short text whose tokens repeat over the positions of a forget answer, for terms that ask for
             ``ids_logp``.
         allow_overlap: rows that stand in both data sets are counted and kept instead of refused.
-        reference: ``model``, ``adapter_off``, ``none``, or ``auto``: the model before unlearning.
+        reference: how the model before unlearning is asked: ``cached`` (once, before training), ``adapter_off``,
+            ``model`` (a copy), ``none``, or ``auto``, which takes what the objective needs and costs least.
+        reference_cache: folder of a cached reference; None keeps it beside the data sets' own cache files, or in
+            ``args.output_dir``.
 
     Raises:
         ValueError: as `SupervisedTrainer`; a term asks for completions that there are none of; overlapping data.
@@ -79,31 +88,51 @@ class UnlearningTrainer(SupervisedTrainer):
         refusal_template: str | None = None,
         allow_overlap: bool = False,
         reference: str = "auto",
+        reference_cache: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         if forget_dataset is None:
             raise ValueError("forget_dataset is missing; pass the rows to forget.")
+        args = sft_config(args, model)
         _refuse(args, kwargs)
-        for name, rows in (("forget", forget_dataset), ("retain", retain_dataset)):
-            if rows is not None and not len(rows):
-                raise ValueError(f"the {name} data is empty; give at least one row.")
+        check_rows(forget_dataset, "forget")
+        if retain_dataset is not None:
+            check_rows(retain_dataset, "retain")
+            refuse_overlap(forget_dataset, retain_dataset, allowed=allow_overlap)
         if not retain_per_forget > 0:
             raise ValueError(f"data.retain_per_forget is {retain_per_forget}; give a number above 0.")
         self._parsed = parse(objective)
         self._parsed.check_trained(assistant=self._trains_assistant)
-        self._given = {"retain": retain_dataset, "refusal": refusals}
-        self._template = refusal_template
-        if retain_dataset is not None:
-            refuse_overlap(forget_dataset, retain_dataset, allowed=allow_overlap)
-        columns = side_columns(forget_dataset)
-        reference_model = self._reference_copy(model, reference, kwargs.get("peft_config"), columns)
+        self._given: dict[str, Any] = {"forget": forget_dataset, "retain": retain_dataset, "refusal": refusals}
+        self._template, self._retain_per_forget = refusal_template, retain_per_forget
+        self.reference = reference
+        terms = self._build_terms([*self._parsed.terms], forget_dataset, False)
+        here = self._circumstances(args, terms, model, kwargs.get("peft_config"))
+        needs = reference_needs(terms)
+        self._choose_reference(reference, needs, here, reference_cache)
+        named = isinstance(model, str)
+        model = trl_adapter.loaded(model, args, kwargs)
+        frozen = self._reference_model(here, args, model, None)
+        if isinstance(model, PeftModel) and self.reference in ("cached", "adapter_off"):
+            keep_adapter(model)
         numbered: Any = number_rows(forget_dataset)
-        super().__init__(model, args, objective=[*self._parsed.terms], train_dataset=numbered, **kwargs)
+        with trl_adapter.without_init_kwargs(args, named):
+            super().__init__(model, args, objective=[*self._parsed.terms], train_dataset=numbered, **kwargs)
         constraint = self._parsed.combination.constraint
         self.dual = DualVariable(constraint) if constraint else None
         self._step_losses = torch.zeros(3, dtype=sum_dtype(self.accelerator.device), device=self.accelerator.device)
-        self._live_reference = self._start_reference(reference_model)
-        self.train_dataset: Any = self._drawn(numbered, retain_dataset, refusals, retain_per_forget)
+        self.train_dataset: Any = self._drawn(self._given, refusals, retain_per_forget)
+        self.ref_model = None if frozen is None else trl_adapter.reference_placed(frozen, self)
+        self._start_reference(needs, self.kernel, reference_cache)
+        if self.reference == "cached":
+            trl_adapter.drop_copied_adapter(self.model)
+
+    def _circumstances(self, args: Any, terms: tuple[Term, ...], model: Any, peft_config: Any) -> Circumstances:
+        forget, retain = self._given["forget"], self._given["retain"]
+        here = circumstances(args, forget, None, model, None, peft_config)
+        reads_retained = any(role.startswith("retain") for role in reference_roles(terms))
+        drawn = rows_drawn(args, len(forget)) * self._retain_per_forget
+        return replace(here, whole_epoch=here.whole_epoch and not (reads_retained and drawn < len(retain)))
 
     def _build_terms(self, objective: Any, dataset: AnyDataset, teacher: bool) -> tuple[Term, ...]:
         roles = ["forget"]
@@ -115,76 +144,17 @@ class UnlearningTrainer(SupervisedTrainer):
         available = Available(columns, roles, reference=reference, needs_role=True, remedies=REMEDIES)
         return build_terms(objective, available)
 
-    def _reference_copy(self, model: Any, reference: str, peft_config: Any, columns: list[str]) -> Any:
-        """A copy of the model before anything changes it, where the reference is not the policy without its adapter."""
-        if reference not in ("auto", "model", "adapter_off", "none"):
-            raise ValueError(f"reference is {reference!r}; unlearning knows auto, model, adapter_off and none.")
-        adapter = peft_config is not None or isinstance(model, PeftModel)
-        self.reference = ("adapter_off" if adapter else "model") if reference == "auto" else reference
-        if self.reference == "adapter_off" and not adapter:
-            raise ValueError("reference is adapter_off, and the model has no adapter; set it to model, or give peft.")
-        if self.reference != "model" or isinstance(model, str) or not self._asks_reference(columns):
-            return None
-        return frozen_copy(model, {})
+    def _kept_for(self) -> dict[str, Any]:
+        collator: Any = self.data_collator
+        return {"roles": ("",), "ids": ("input_ids", "labels"), "collator": collator.alone}
 
-    def _asks_reference(self, columns: list[str]) -> bool:
-        available = Available(roles=ROLES, reference=True, needs_role=True, columns=[*columns, "teacher_ids"])
-        terms = build_terms([*self._parsed.terms], available)
-        return reference_needs(terms).any
-
-    def _start_reference(self, model: Any) -> LiveReference | None:
-        needs = reference_needs(self.terms)
-        if not needs.any or self.reference == "none":
-            return None
-        if self.reference == "model":
-            if model is None:
-                policy = causal_lm(self.model)
-                model = type(policy).from_pretrained(policy.config._name_or_path, dtype=policy.dtype)
-            attach(model)
-            model = self.accelerator.prepare_model(model.eval().requires_grad_(False), evaluation_mode=True)
-        options = {"backend": self.kernel.backend, "budget": self.kernel.budget}
-        return LiveReference(model, needs, options, self.accelerator.autocast)
-
-    def _frozen(self, model: nn.Module, model_inputs: dict[str, Any], side: Side) -> tuple[Computed, Any]:
-        if self._live_reference is None:
-            return {}, None
-        return self._live_reference(model, self.accelerator.unwrap_model(model), model_inputs, side)
-
-    def _drawn(self, forget: Dataset, retain: Dataset | None, refusals: list[str] | None, ratio: float) -> DrawnRows:
-        """The prepared rows of every role that a term reads, and the sampler that draws them."""
-        read = {one.role or term.role for term in self.terms for one in term.all_statistics}
-        read |= {term.role for term in self.terms}
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        parts: dict[str, Any] = {"forget": self.train_dataset, "retain": None}
-        if "retain" in read and retain is not None:
-            parts["retain"] = self._prepared(retain, "retain")
-        for role, given in (("refusal", forget), ("retain_refusal", retain)):
-            own = parts["retain" if role.startswith("retain") else "forget"]
-            parts[role] = None
-            if role in read and given is not None and own is not None and refusals:
-                numbered: Any = number_rows(given)
-                rows = with_refusals(numbered, own[ROW_NUMBER], refusals, seed=seed)
-                parts[role] = _in_order(self._prepared(rows, role), own[ROW_NUMBER], role)
-        kept = parts["retain"]
-        shuffle = self.args.train_sampling_strategy != "sequential"
-        counts = len(parts["forget"]), len(kept) if kept is not None else 0
-        sampler = DrawingSampler(*counts, ratio=ratio, shuffle=shuffle, seed=seed)
-        return DrawnRows(parts["forget"], kept, parts["refusal"], parts["retain_refusal"], sampler)
-
-    def _prepared(self, rows: Dataset, role: str) -> Any:
-        bound = {column: term.name for term in self.terms if term.role == role for column in term.all_columns}
-        for column in self._columns:
-            if column in column_names(rows):
-                continue
-            if column in bound:
-                raise ValueError(
-                    f"the {role} data lacks the column {column!r} that the objective {bound[column]!r} needs; it has "
-                    f"{sorted(column_names(rows))}."
-                )
-            # no term reads it here, and a batch holds rows of every role
-            rows = rows.add_column(column, [0.0] * len(rows))
-        prepare: Callable[..., Any] = self._prepare_dataset
-        return prepare(rows, self.processing_class, self.args, False, None, role)
+    def _add_reference(self, added: ReferencePass, ask: Ask | None) -> None:
+        parts, collator = self.train_dataset.parts, self.data_collator
+        assert isinstance(collator, UnlearningCollator)
+        for role in reference_roles(self.terms):
+            parts[role] = added.add(parts[role], role, ask)
+        column = REFERENCE_TOKENS if added.needs.per_token else REFERENCE_SUM
+        self.data_collator = replace(collator, reference=column)
 
     def _collator(self) -> UnlearningCollator:
         theirs: Any = self.data_collator
@@ -210,7 +180,9 @@ class UnlearningTrainer(SupervisedTrainer):
         self._signature_columns = list(ROLES)  # type: ignore[assignment]
         return super().get_train_dataloader()
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepCounts:
+    def _get_num_items_in_batch(  # type: ignore[override]
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> StepCounts:
         # a step that broke off leaves nothing behind
         self._step_losses.zero_()
         return super()._get_num_items_in_batch(batch_samples, device)
@@ -280,14 +252,3 @@ def _refuse(args: Any, given: Mapping[str, Any]) -> None:
             f"trainer.train_sampling_strategy is {strategy!r}, and rows to forget are drawn with rows to retain; "
             "set it to random or sequential."
         )
-
-
-def _in_order(rows: Dataset, numbers: list[int], role: str) -> Dataset:
-    """The rows of these numbers, in their order, whatever preparing has shuffled or left out."""
-    position = {number: index for index, number in enumerate(rows[ROW_NUMBER])}
-    lost = sum(number not in position for number in numbers)
-    if lost:
-        raise ValueError(
-            f"{lost} prompts of the {role} data leave no room for a refusal within trainer.max_length; raise it."
-        )
-    return rows.select([position[number] for number in numbers])

@@ -282,6 +282,7 @@ def test_rows_in_both_data_sets_are_counted_and_refused_or_allowed(tmp_path, cap
     assert "2 rows of the forget data" in caplog.text
 
 
+STREAM = Dataset.from_list(rows_to_retain()).to_iterable_dataset()
 REFUSED = {
     "no rows to forget": ({"forget_dataset": Dataset.from_list([])}, {}, "forget data is empty"),
     "no rows to retain": ({"retain_dataset": Dataset.from_list([])}, {}, "retain data is empty"),
@@ -290,7 +291,8 @@ REFUSED = {
     "no refusals": ({"refusals": []}, {}, "refusal"),
     "a share of none": ({"retain_per_forget": 0.0}, {}, "retain_per_forget is 0.0"),
     "no reference": ({"reference": "none"}, {}, "reference"),
-    "a cached reference": ({"reference": "cached"}, {}, "reference is 'cached'"),
+    "a cached reference": ({"reference": "cached"}, {}, "reference is cached, which cannot serve here: the objective "),
+    "a stream": ({"retain_dataset": STREAM}, {}, "the retain data is a IterableDataset.*data.retain.streaming"),
     "no adapter": ({"reference": "adapter_off"}, {}, "no adapter"),
     "a teacher": ({"teacher": tiny.model(torch.float64)}, {}, "teacher"),
     "packing": ({}, {"packing": True, "max_length": 32}, "packing"),
