@@ -5,16 +5,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.objectives import Loss, declare
-    from posttrain.trainers import BinaryFeedbackTrainer, PreferenceTrainer, SupervisedTrainer
+    from posttrain.trainers import (
+        BinaryFeedbackTrainer,
+        LogitDifferenceTrainer,
+        PreferenceTrainer,
+        SupervisedTrainer,
+        UnlearningTrainer,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["BinaryFeedbackTrainer", "Loss", "PreferenceTrainer", "SupervisedTrainer", "declare"]
+__all__ = [
+    "BinaryFeedbackTrainer",
+    "LogitDifferenceTrainer",
+    "Loss",
+    "PreferenceTrainer",
+    "SupervisedTrainer",
+    "UnlearningTrainer",
+    "declare",
+]
 
 _HOMES = {
     "BinaryFeedbackTrainer": "posttrain.trainers",
+    "LogitDifferenceTrainer": "posttrain.trainers",
     "PreferenceTrainer": "posttrain.trainers",
     "SupervisedTrainer": "posttrain.trainers",
+    "UnlearningTrainer": "posttrain.trainers",
     "Loss": "posttrain.objectives",
     "declare": "posttrain.objectives",
 }

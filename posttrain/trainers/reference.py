@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import create_model_from_path, use_adapter
 
 from posttrain.binding import REFERENCE
-from posttrain.modeling import StatisticsGroup, VocabRequest, check_head
+from posttrain.modeling import StatisticsGroup, VocabRequest, check_head, standalone_copy
 from posttrain.side import Side
 from posttrain.term import KernelOptions
 from posttrain.trainers.coupling import preserved_random_state
@@ -30,7 +30,7 @@ def frozen_copy(model: PreTrainedModel | PeftModel, options: Mapping[str, Any]) 
         ValueError: it would have to be loaded again, and has adapters or no name.
     """
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return copy.deepcopy(model)
+        return standalone_copy(model)
     name = model.config._name_or_path
     if isinstance(model, PeftModel) or not name:
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
+from trl.trainer.utils import add_fused_lm_head
 
 from posttrain.objectives import Loss
 from posttrain.terms import Available, build_terms
@@ -350,6 +351,20 @@ def test_a_model_of_its_own_is_frozen_and_has_no_dropout(tmp_path):
     for role in SUM:
         assert found[role] == pytest.approx(expected[role], rel=1e-5)
     assert not any(parameter.requires_grad for parameter in trainer.ref_model.parameters())
+
+
+def test_a_model_that_another_trainer_had_is_copied_with_its_own_forward():
+    """TRL's fused head would answer with the policy's weights, whatever the copy's are."""
+    model = tiny.model()
+    add_fused_lm_head(model)
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        reference = frozen_copy(model, {})
+        expected = reference(input_ids=ids).logits
+        torch.testing.assert_close(expected, model(input_ids=ids).logits)
+        model.lm_head.weight.zero_()
+        torch.testing.assert_close(reference(input_ids=ids).logits, expected, rtol=0, atol=0)
+    assert expected.abs().max() > 0
 
 
 class Weights(TrainerCallback):
