@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from posttrain import objectives
-from posttrain.presets import PRESETS, expand
+from posttrain.presets import PRESETS, changes_constants, expand
 from posttrain.suggest import unknown
 from posttrain.terms import Objective
 
@@ -105,7 +105,8 @@ def parse(objective: Any) -> ForgetRetain:
     """
     preset = None
     if isinstance(objective, Mapping) and "preset" in objective:
-        preset = None if "forget" in objective else str(objective["preset"])
+        replaced = "forget" in objective and not changes_constants(objective["forget"])
+        preset = None if replaced else str(objective["preset"])
         objective = expand(objective)
     if not isinstance(objective, Mapping) or "forget" not in objective:
         given = f"the keys {sorted(objective)}" if isinstance(objective, Mapping) else repr(objective)
@@ -130,9 +131,7 @@ def _side(given: Objective | list[Any], role: str, weight: float) -> list[dict[s
     for item in given if isinstance(given, list | tuple) else [given]:
         term: dict[str, Any] = dict(item) if isinstance(item, Mapping) else {"name": item}
         if "name" not in term:
-            raise ValueError(
-                f"objective.{role} has the keys {sorted(term)} and no `name`; give the whole term, beside a preset too."
-            )
+            raise ValueError(f"objective.{role} has the keys {sorted(term)} and no `name`; name the loss there.")
         function = term["name"]
         function = objectives.get(function) if isinstance(function, str) else function
         declared = getattr(getattr(function, "declaration", None), "role", None)

@@ -1,8 +1,8 @@
 """Unlearning methods as published: a name for each objective with its constants.
 
-``objective: {preset: npo}`` stands for the whole setting, and a ``forget``, ``retain`` or ``combine`` beside it
-replaces that part. OU is open-unlearning at d3d7cf9; learning rates and epochs belong to ``trainer`` and are told for
-whoever wants to repeat a publication.
+``objective: {preset: npo}`` stands for the whole setting; ``forget: {beta: 0.2}`` beside it changes a constant, and a term
+with a ``name`` of its own takes the place of that part. OU is open-unlearning at d3d7cf9; learning rates and epochs belong
+to ``trainer`` and are told for whoever wants to repeat a publication.
 """
 
 from collections.abc import Mapping
@@ -177,7 +177,9 @@ PRESETS: dict[str, Preset] = {
 
 
 def expand(objective: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset's objective, with what stands beside its name in place of the same part.
+    """A preset's objective, with what stands beside its name merged into it.
+
+    A term with a ``name``, or another kind of combination, takes the place of the preset's; without, its constants do.
 
     Args:
         objective: with the key ``preset``.
@@ -188,7 +190,29 @@ def expand(objective: Mapping[str, Any]) -> dict[str, Any]:
     name = objective["preset"]
     if name not in PRESETS:
         raise ValueError(unknown("objective.preset", str(name), list(PRESETS)))
-    return {**PRESETS[name].objective, **{key: value for key, value in objective.items() if key != "preset"}}
+    published = PRESETS[name].objective
+    given = {key: value for key, value in objective.items() if key != "preset"}
+    for side in ("forget", "retain"):
+        if changes_constants(given.get(side)):
+            given[side] = _merged(published.get(side, {}), given[side])
+    combine = given.get("combine")
+    if isinstance(combine, Mapping) and combine.keys() == published.get("combine", {}).keys():
+        given["combine"] = _merged(published["combine"], combine)
+    return {**published, **given}
+
+
+def changes_constants(given: Any) -> bool:
+    """Whether what stands beside a preset is constants for its term, not a term of its own."""
+    return isinstance(given, Mapping) and bool(given) and "name" not in given
+
+
+def _merged(tree: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {
+        key: _merged(tree[key], value)
+        for key, value in given.items()
+        if isinstance(value, Mapping) and isinstance(tree.get(key), Mapping)
+    }
+    return {**tree, **given, **nested}
 
 
 def using(name: str) -> tuple[tuple[str, str], ...]:

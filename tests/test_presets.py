@@ -102,6 +102,23 @@ def test_what_stands_beside_the_name_replaces_that_part():
     assert [term["name"] for term in parse({"preset": "npo"}).terms] == ["npo", "nll"]
 
 
+def test_constants_beside_the_name_change_the_published_ones():
+    def terms(objective):
+        return {key: value for key, value in parse(objective).terms[0].items() if key not in ("role", "weight")}
+
+    assert terms({"preset": "satimp_yaml", "forget": {"beta1": 2.0}}) == {"name": "satimp", "beta1": 2.0, "beta2": 1.0}
+    expected = {"name": "representation_misdirection", "scale": 2.0, "statistics": {"layer": 3}}
+    assert terms({"preset": "rmu", "forget": {"statistics": {"layer": 3}}}) == expected
+    assert terms({"preset": "rmu"})["statistics"] == {"layer": 7}, "the table itself stays"
+    bound = parse({"preset": "pdu", "combine": {"constraint": {"epsilon": 0.1}}}).combination.constraint
+    assert bound == Constraint(epsilon=0.1, step=5.0, initial=100.0, warmup_epochs=5)
+    summed = parse({"preset": "simnpo", "combine": {"sum": {"retain": 2.0}}}).combination
+    assert (summed.forget, summed.retain) == (0.125, 2.0)
+    assert parse({"preset": "pdu", "combine": {"sum": {}}}).combination.constraint is None, "another kind"
+    with pytest.raises(ValueError, match=r"objective\.preset is 'npo'"):
+        parse({"preset": "npo", "forget": {"beta": 0.5}}).check_trained(assistant=True)
+
+
 def test_an_unknown_preset_is_refused_by_the_nearest_name():
     with pytest.raises(ValueError, match="did you mean 'simnpo'"):
         parse({"preset": "simpno"})
