@@ -1,8 +1,8 @@
 """Unlearning methods as published: a name for each objective with its constants.
 
-``objective: {preset: npo}`` stands for the whole setting; ``forget: {beta: 0.2}`` beside it changes a constant, and a term
-with a ``name`` of its own takes the place of that part. OU is open-unlearning at d3d7cf9; learning rates and epochs belong
-to ``trainer`` and are told for whoever wants to repeat a publication.
+``objective: {preset: npo}`` stands for the whole setting; ``forget: {beta: 0.2}`` beside it changes a constant, and a
+term with a ``name`` of its own takes the place of that part. OU is open-unlearning at d3d7cf9; learning rates and
+epochs belong to ``trainer`` and are told for whoever wants to repeat a publication.
 """
 
 from collections.abc import Mapping
