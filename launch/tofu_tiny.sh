@@ -70,7 +70,8 @@ for name in "${names[@]}"; do
     audit runs/unlearning/tofu_tiny/full untouched
     audit runs/unlearning/tofu_tiny/retain oracle
     for run in runs/compare/unlearning/tofu_tiny/runs/*-seed0; do
-      audit "$run" "$(basename "$run")"
+      name_of_run="$(basename "$run")"
+      audit "$run" "${name_of_run%%-*}"
     done
   fi
   python launch/unlearning_plots.py "$name" --oracle "runs/unlearning/$folder/retain" "${audits[@]}"

@@ -150,7 +150,9 @@ def table(found: Mapping[str, Any]) -> str:
         *_table(rows, METRICS),
     ]
     if found.get("audit"):
-        audited = [(name, [{"metrics": metrics}]) for name, metrics in found["audit"].items()]
+        order = [name for name in (*found["marks"], *by_objective(found)) if name in found["audit"]]
+        order += [name for name in found["audit"] if name not in order]
+        audited = [(name, [{"metrics": found["audit"][name]}]) for name in order]
         lines += ["", "Audit, seed 0; probabilities are those of the answers to forget.", "", *_table(audited, AUDIT)]
     if found.get("trials"):
         rows = [(_trial(one), [one]) for one in found["trials"]]
@@ -228,10 +230,10 @@ def constraint(found: Mapping[str, Any]) -> Figure | None:
         if epsilon is not None:
             above.axhline(epsilon, color=colour, linestyle="--", linewidth=0.9)
     above.set_yscale("log")
-    above.set_ylabel("retain loss, nats a token (dashed: its bound)")
+    above.set_ylabel("retain loss, nats a token")
     below.set_ylabel("dual variable")
     below.set_xlabel("optimizer step")
-    above.legend(frameon=False, fontsize=8)
+    above.legend(title="dashed: the bound", title_fontsize=8, frameon=False, fontsize=8)
     return figure
 
 

@@ -224,12 +224,14 @@ def test_trials_are_told_with_what_came_of_them(comparison: Comparison, tmp_path
 
 
 def test_audits_have_a_table_of_their_own(comparison: Comparison, tmp_path: Path) -> None:
-    (tmp_path / "npo-seed0").mkdir()
-    metrics = {"probability_shown_epoch0": {"value": 0.1}, "probability_shown_epoch3": {"value": 0.6}}
-    report = {"sources": {"audit_forget_relearning": {"metrics": metrics}}}
-    (tmp_path / "npo-seed0" / "evaluation.json").write_text(json.dumps(report))
+    for name, before in (("npo", 0.1), ("mine", 0.2), ("oracle", 0.3), ("untouched", 0.4)):
+        (tmp_path / name).mkdir()
+        metrics = {"probability_shown_epoch0": {"value": before}, "probability_shown_epoch3": {"value": 0.6}}
+        report = {"sources": {"audit_forget_relearning": {"metrics": metrics}}}
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(report))
     lines = unlearning_plots.table(unlearning_plots.record(comparison, {}, tmp_path)).splitlines()
-    assert "| npo-seed0 | 0.100 | 0.600 | - | - | - | - | - | - | - |" in lines
+    first = lines.index("| untouched | 0.400 | 0.600 | - | - | - | - | - | - | - |")
+    assert [line.split(" | ")[0] for line in lines[first : first + 4]] == ["| untouched", "| oracle", "| npo", "| mine"]
 
 
 def test_every_column_is_what_the_suites_write(tofu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
