@@ -14,7 +14,8 @@ def refuse_overlap(forget: AnyDataset, retain: AnyDataset, *, allowed: bool) -> 
     """Count the rows to forget whose prompt and completion stand in the retain data as well.
 
     Args:
-        forget, retain: rows with ``prompt`` and ``completion``, or ``messages``, or ``text``.
+        forget, retain: rows with ``prompt`` and ``completion``, or ``messages``, or ``text``; others are
+            compared whole.
         allowed: only report them.
 
     Raises:
@@ -35,4 +36,5 @@ def refuse_overlap(forget: AnyDataset, retain: AnyDataset, *, allowed: bool) -> 
 
 
 def _content(row: dict[str, Any]) -> str:
-    return repr([row.get(name) for name in ("prompt", "completion", "messages", "text", "input_ids")])
+    trained = {name: row[name] for name in ("prompt", "completion", "messages", "text", "input_ids") if name in row}
+    return repr(trained or sorted(row.items()))

@@ -20,6 +20,8 @@ SPLITS = ("full", "retain", "forget", "holdout", "real_authors", "world_facts")
 PERTURBED, FACT_PERTURBED = 5, 3
 # As many known authors, and no more than there are facts of the world.
 FACTS = 60
+# There are 1024 titles, and every author has two of their own.
+MOST_AUTHORS = 400
 
 _WORDS = {name: words.split() for name, words in {**author_words.PARTS, **author_words.ANSWERS}.items()}
 _ORDERS = {name: words.split() for name, words in author_words.ORDERS.items()}
@@ -127,6 +129,11 @@ class Sizes:
         if self.forget_authors >= self.authors:
             raise ValueError(
                 f"forget_authors={self.forget_authors} leaves none of authors={self.authors} to retain; lower it"
+            )
+        if self.authors + self.holdout_authors > MOST_AUTHORS:
+            raise ValueError(
+                f"authors={self.authors} and holdout_authors={self.holdout_authors} are more than the {MOST_AUTHORS} "
+                f"of task {TASK!r}; lower one"
             )
         for name, most in (("questions", len(KINDS)), ("facts", FACTS)):
             if getattr(self, name) > most:

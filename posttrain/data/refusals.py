@@ -39,7 +39,7 @@ def with_refusals(rows: Dataset, numbers: Sequence[int], refusals: Sequence[str]
         rows: with ``prompt`` (text or messages), ``completion`` and their number.
         numbers: of the rows wanted, in this order.
         refusals: texts to draw from, one a row and the same for a row in every epoch.
-        seed: of the draw.
+        seed: of the draw, in which a row's own number alone counts: other rows may come, go and change places.
 
     Raises:
         ValueError: rows without a prompt, or no refusals.
@@ -50,8 +50,7 @@ def with_refusals(rows: Dataset, numbers: Sequence[int], refusals: Sequence[str]
         raise ValueError("data.refusal holds no text; give at least one refusal.")
     position = {number: index for index, number in enumerate(rows[ROW_NUMBER])}
     chosen = rows.select([position[number] for number in numbers])
-    generator = random.Random(seed)
-    drawn = [generator.choice(refusals) for _ in range(len(chosen))]
+    drawn = [random.Random(f"{seed} {number}").choice(refusals) for number in numbers]
 
     def answer(row: dict[str, Any], index: int) -> dict[str, Any]:
         if isinstance(row["prompt"], str):

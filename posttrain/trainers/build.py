@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from peft import PeftConfig, PeftModel
+
 from posttrain.config import RunConfig, peft_config
 from posttrain.data.refusals import read_refusals
-from posttrain.loading import load_model, load_rows
+from posttrain.loading import load_model, load_rows, location
 from posttrain.sharding import unsharded
 from posttrain.trainers.binary_feedback import BinaryFeedbackTrainer
 from posttrain.trainers.logit_difference import LogitDifferenceTrainer
@@ -47,6 +49,17 @@ def rows(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def _policy(config: RunConfig) -> Any:
+    """The model to train. One that comes as an adapter goes on with it, or has it merged where another one begins."""
+    model: Any = load_model(config.model)
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        return model
+    place = location(config.model.name_or_path)
+    below = dataclasses.replace(config.model, name_or_path=PeftConfig.from_pretrained(place).base_model_name_or_path)
+    model = PeftModel.from_pretrained(load_model(below), place, is_trainable=True)
+    return model if config.peft is None and config.assistant is None else model.merge_and_unload()
+
+
 def _load(config: RunConfig, name: str, tokenizer: Any) -> Any:
     source = getattr(config.data, name)
     return None if source is None else load_rows(source, tokenizer, key=f"data.{name}", method=config.method)
@@ -76,7 +89,7 @@ def build(config: RunConfig, args: Any, tokenizer: Any, data: Mapping[str, Any])
         frozen["diagnostics"] = config.diagnostics
         frozen["shared_prefix"] = config.shared_prefix
     return trainer(
-        model=load_model(config.model),
+        model=_policy(config),
         args=args,
         **data,
         processing_class=tokenizer,

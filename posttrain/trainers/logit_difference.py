@@ -3,10 +3,12 @@
 from typing import Any
 
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from posttrain.modeling import standalone_copy
 from posttrain.modeling.logit_difference import LogitDifferenceModel, check_difference, first_layers
+from posttrain.trainers import trl_adapter
+from posttrain.trainers.supervised import sft_config
 from posttrain.trainers.unlearning import UnlearningTrainer
 
 # Engines that hold a part of the assistant's weights each.
@@ -48,8 +50,12 @@ class LogitDifferenceTrainer(UnlearningTrainer):
         check_difference(alpha, filter)
         if isinstance(model, PeftModel):
             raise ValueError("the model has an adapter, whose layers the assistant would share; merge it first.")
-        base = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
-        super().__init__(first_layers(base, layers), args, **kwargs)
+        args = sft_config(args, model)
+        named = isinstance(model, str)
+        base = trl_adapter.loaded(model, args, kwargs)
+        trl_adapter.refuse_unwrapped_adapter(base)
+        with trl_adapter.without_init_kwargs(args, named):
+            super().__init__(first_layers(base, layers), args, **kwargs)
         if self.accelerator.distributed_type.value in SHARDED:
             raise ValueError(
                 f"{self.accelerator.distributed_type.value} keeps the assistant in parts, and it is saved as one with "

@@ -76,6 +76,7 @@ class SupervisedTrainer(ObjectiveMixin, SFTTrainer):  # type: ignore[misc]
         _check_eval_columns(eval_dataset, self._columns)
         _check_packing(args, self._sequence_term, self._columns)
         trl_adapter.refuse_prompt_learning(model, peft_config)
+        trl_adapter.refuse_unwrapped_adapter(model)
         loads = False
         if peft_config is not None and trl_adapter.adapts_head(peft_config, model):
             loads = isinstance(model, str)

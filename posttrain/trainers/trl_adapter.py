@@ -185,6 +185,15 @@ def refuse_prompt_learning(model: Any, config: PeftConfig | None) -> None:
             )
 
 
+def refuse_unwrapped_adapter(model: Any) -> None:
+    """An adapter that transformers loaded by itself: its weights stay frozen, and a new one would take its place."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "the model came from an adapter's folder without PEFT around it, so that its adapter would not be trained, "
+            "or be lost to a new one; load it by peft.AutoPeftModelForCausalLM with is_trainable=True, or merge it."
+        )
+
+
 def adapts_head(config: PeftConfig | None, model: Any) -> bool:
     """Whether a PEFT configuration puts an adapter on the output embedding."""
     targets = getattr(config, "target_modules", None)

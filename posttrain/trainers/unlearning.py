@@ -19,7 +19,7 @@ from posttrain.data.preparation import AnyDataset, number_rows
 from posttrain.data.unlearning_collation import ROLES, UnlearningCollator
 from posttrain.reduction import StepCounts, sum_dtype
 from posttrain.side import Side
-from posttrain.term import Term
+from posttrain.term import KernelOptions, Term
 from posttrain.terms import Available, build_terms
 from posttrain.trainers import trl_adapter
 from posttrain.trainers.coupling import Computed
@@ -179,6 +179,20 @@ class UnlearningTrainer(ReferenceHandling, RowsByRole, SupervisedTrainer):  # ty
         """Of items with rows by role."""
         self._signature_columns = list(ROLES)  # type: ignore[assignment]
         return super().get_train_dataloader()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Not here: one loss of one data set would say little.
+
+        Raises:
+            ValueError: always; it says what measures unlearning.
+        """
+        raise ValueError("unlearning has no evaluation loss; use evaluation: or posttrain.evaluation.unlearning.")
+
+    def _log_tokens(self, computed: Computed, side: Side, sums: MetricSums) -> None:
+        super()._log_tokens(computed, side, sums)
+        probability = computed[KernelOptions()]["logp"].detach().exp()
+        for role, block in side.roles.items():
+            sums.add(f"{role}/mean_target_probability", probability[block.tokens])
 
     def _get_num_items_in_batch(  # type: ignore[override]
         self, batch_samples: list[dict[str, Any]], device: torch.device

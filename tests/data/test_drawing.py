@@ -108,6 +108,8 @@ def test_refusals_are_drawn_by_seed_in_the_order_of_the_rows_wanted():
     assert [text[0] == " " for text in found["completion"]] == [True, False, True]
     assert {text.strip() for text in found["completion"]} <= {"no", "never"}
     assert found["completion"] == with_refusals(given, numbers, ["no", "never"], seed=0)["completion"]
+    whole = with_refusals(given, range(6), ["no", "never"], seed=0)["completion"]
+    assert found["completion"] == [whole[number] for number in numbers], "a row keeps its refusal among others"
     many = [with_refusals(given, range(6), ["no", "never"], seed=seed)["completion"] for seed in range(5)]
     assert len(set(map(tuple, many))) > 1
     chat = Dataset.from_list(

@@ -107,6 +107,7 @@ def test_a_source_names_the_task_and_a_format_makes_it_text_to_train_on() -> Non
         ({"questions": 99}, "questions=99 is more than the"),
         ({"questions": 0}, "questions=0 of task 'authors' must be at least 1"),
         ({"facts": 61}, "facts=61 is more than the 60"),
+        ({"authors": 398}, "authors=398 and holdout_authors=3 are more than the 400"),
         ({"forget_authors": 6}, "forget_authors=6 leaves none of authors=6 to retain"),
     ],
 )

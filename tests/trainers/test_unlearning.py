@@ -14,6 +14,7 @@ from peft import LoraConfig
 from torch.nn import functional as F
 
 from posttrain.config import from_tree, resolve
+from posttrain.data.overlap import refuse_overlap
 from posttrain.objectives import Loss, declare
 from posttrain.pipeline import train
 from tests import tiny
@@ -113,6 +114,10 @@ def test_each_side_is_divided_by_its_own_count(tmp_path):
     expected = gradients_of(0.3 * sides[0] + 1.7 * sides[1], policy)
     assert relative_difference(made.gradients.found, expected) < 1e-12
     assert logged(made)[0]["forget_loss"] == pytest.approx(0.3 * sides[0].item(), rel=1e-12)
+    for role, several in rows.items():
+        found = [dense_logp(policy, row) for row in several]
+        known = torch.cat([logp.gather(-1, targets[:, None])[:, 0] for logp, targets in found]).exp().mean()
+        assert logged(made)[0][f"{role}/mean_target_probability"] == pytest.approx(known.item(), rel=1e-9)
     assert logged(made)[0]["retain_loss"] == pytest.approx(1.7 * sides[1].item(), rel=1e-12)
 
 
@@ -306,6 +311,16 @@ def test_what_cannot_be_is_refused(tmp_path, what):
     given, options, message = REFUSED[what]
     with pytest.raises(ValueError, match=message):
         trainer({"forget": preference, "retain": kl}, tmp_path, options=options, **given)
+
+
+def test_there_is_no_evaluation_loss(tmp_path):
+    with pytest.raises(ValueError, match="unlearning has no evaluation loss"):
+        trainer({"forget": "simnpo"}, tmp_path).evaluate(Dataset.from_list(tiny.rows()))
+
+
+def test_rows_without_a_text_to_train_on_are_compared_whole():
+    rows = [Dataset.from_list([{"question": q, "answer": "b"}]) for q in "aac"]
+    assert refuse_overlap(rows[0], rows[1], allowed=True) == 1 and refuse_overlap(rows[0], rows[2], allowed=False) == 0
 
 
 def test_rows_come_in_their_order_where_that_is_asked_for(tmp_path):

@@ -1,13 +1,17 @@
 """The model before unlearning: asked once and kept, asked without the policy's adapter, or a copy of it."""
 
 import copy
+import json
 import math
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from posttrain.config import from_tree, resolve
+from posttrain.pipeline import prepare
 from posttrain.trainers.reference import LiveReference
 from tests import tiny
 from tests.trainers.test_gradients import relative_difference
@@ -146,3 +150,32 @@ def test_a_prompt_in_the_rows_to_retain_is_not_trained_where_the_rows_to_forget_
     assert all(-100 not in labels for labels in parts["forget"]["labels"])
     starts = [len(row["prompt"]) for row in rows_to_retain()]
     assert [labels.count(-100) for labels in parts["retain"]["labels"]] == starts
+
+
+@pytest.mark.parametrize("peft", [None, LORA])
+def test_a_folder_of_an_adapter_is_trained_with_what_it_knows(tmp_path, peft):
+    """transformers alone would freeze the adapter, or lose it to the new one."""
+    tiny.model().save_pretrained(tmp_path / "base")
+    known = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(**LORA))
+    disturb(known, 0.3)
+    known.save_pretrained(tmp_path / "adapter")
+    tiny.tokenizer().save_pretrained(tmp_path / "adapter")
+    for name, rows in (("forget", tiny.rows()), ("retain", rows_to_retain())):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = {
+        "method": "unlearning",
+        "model": {"name_or_path": str(tmp_path / "adapter")},
+        "objective": {"preset": "npo"},
+        "peft": peft,
+        "data": {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("forget", "retain")},
+        "trainer": {"output_dir": str(tmp_path / "run"), "bf16": False, "use_cpu": True, "report_to": "none"},
+    }
+    made = prepare(resolve(from_tree(tree))).trainer
+    assert made.reference == "cached" and set(made.model.peft_config) == {"default"}
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(made.model.eval()(ids).logits, known.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert {"lora" in name for name, one in made.model.named_parameters() if one.requires_grad} == {True}
+    frozen = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="came from an adapter's folder"):
+        trainer({"forget": npo}, tmp_path, model=frozen)
