@@ -50,7 +50,10 @@ def backbone_modules(model: nn.Module) -> BackboneModules:
     backbone = getattr(base, base.base_model_prefix, None) if base.base_model_prefix else None
     if head is None or backbone is None:
         missing = "output embeddings" if head is None else f"backbone (base_model_prefix {base.base_model_prefix!r})"
-        raise ValueError(f"{type(base).__name__} has no {missing}; load it with AutoModelForCausalLM.")
+        raise ValueError(
+            f"{type(base).__name__} has no {missing} of its own, which the head's kernel needs; give a causal language "
+            "model with one (of a logit difference, its base)."
+        )
     return BackboneModules(base, backbone, head)
 
 
