@@ -1,5 +1,6 @@
-"""What holds in every test: memory that nobody has written reads as NaN."""
+"""What holds in every test: memory that nobody has written reads as NaN, and logging as imported."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -35,3 +36,12 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture(autouse=True)
+def logging_as_imported() -> None:
+    """The command line gives the project's logger a level and a handler, which no test is to find."""
+    logger = logging.getLogger("posttrain")
+    logger.setLevel(logging.NOTSET)
+    logger.handlers.clear()
+    logger.propagate = True
