@@ -101,9 +101,15 @@ def parse(objective: Any) -> ForgetRetain:
     ``{preset: npo}`` stands for a published method, see `posttrain.presets`.
 
     Raises:
-        ValueError: an unknown key or preset, no forget term, or a combination that is neither a sum nor a constraint.
+        ValueError: an unknown key or preset, no forget term, terms without a side, a preset's name in place of a loss,
+            or a combination that is neither a sum nor a constraint.
     """
     preset = None
+    if isinstance(objective, list | tuple):
+        raise ValueError(
+            "objective is a list, and unlearning has to know what its terms are for; give {forget: [...], retain: "
+            "[...]}."
+        )
     if isinstance(objective, Mapping) and "preset" in objective:
         replaced = "forget" in objective and not changes_constants(objective["forget"])
         preset = None if replaced else str(objective["preset"])
@@ -133,6 +139,11 @@ def _side(given: Objective | list[Any], role: str, weight: float) -> list[dict[s
         if "name" not in term:
             raise ValueError(f"objective.{role} has the keys {sorted(term)} and no `name`; name the loss there.")
         function = term["name"]
+        if isinstance(function, str) and function in PRESETS and function not in objectives.names():
+            raise ValueError(
+                f"objective.{role} is {function!r}, which is a preset and no loss; write objective: {{preset: "
+                f"{function}}}."
+            )
         function = objectives.get(function) if isinstance(function, str) else function
         declared = getattr(getattr(function, "declaration", None), "role", None)
         term.setdefault("role", declared or role)

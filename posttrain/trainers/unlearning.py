@@ -1,5 +1,6 @@
 """Unlearning on trl.SFTTrainer: terms on what is to be forgotten, terms on what is to stay, a sum or a constraint."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +38,15 @@ from posttrain.trainers.reference_pass import Ask, ReferencePass
 from posttrain.trainers.supervised import SupervisedTrainer, sft_config, side_columns
 from posttrain.trainers.unlearning_rows import RowsByRole, check_rows
 
+logger = logging.getLogger(__name__)
+
 DUAL = "dual_variable"
 # what a term may lack -> the setting that gives it
 REMEDIES = {
     "refusal": "set data.refusal (refusals in Python)",
     "retain": "set data.retain (retain_dataset in Python)",
     "retain_refusal": "set data.retain and data.refusal (retain_dataset and refusals in Python)",
-    "teacher_ids": "set data.refusal_template (refusal_template in Python)",
+    "teacher_ids": "set data.refusal_template (refusal_template in Python) to a short text, such as No idea",
 }
 
 
@@ -120,12 +123,23 @@ class UnlearningTrainer(ReferenceHandling, RowsByRole, SupervisedTrainer):  # ty
             super().__init__(model, args, objective=[*self._parsed.terms], train_dataset=numbered, **kwargs)
         constraint = self._parsed.combination.constraint
         self.dual = DualVariable(constraint) if constraint else None
+        self._warn_of_warmup(len(forget_dataset))
         self._step_losses = torch.zeros(3, dtype=sum_dtype(self.accelerator.device), device=self.accelerator.device)
         self.train_dataset: Any = self._drawn(self._given, refusals, retain_per_forget)
         self.ref_model = None if frozen is None else trl_adapter.reference_placed(frozen, self)
         self._start_reference(needs, self.kernel, reference_cache)
         if self.reference == "cached":
             trl_adapter.drop_copied_adapter(self.model)
+
+    def _warn_of_warmup(self, rows: int) -> None:
+        if self.dual is None:
+            return
+        epochs, constraint = rows_drawn(self.args, rows) / rows, self.dual.constraint
+        if epochs <= constraint.warmup_epochs:
+            logger.warning(
+                "Training ends after %.2g epochs of the rows to forget, and objective.combine.constraint.warmup_epochs "
+                "is %g: the dual variable stays at %g.", epochs, constraint.warmup_epochs, constraint.initial,
+            )  # fmt: skip
 
     def _circumstances(self, args: Any, terms: tuple[Term, ...], model: Any, peft_config: Any) -> Circumstances:
         forget, retain = self._given["forget"], self._given["retain"]

@@ -24,7 +24,7 @@ def check_rows(rows: Any, name: str) -> None:
     """Refuse what cannot be drawn from.
 
     Raises:
-        ValueError: a stream, or no row at all.
+        ValueError: a stream, no row at all, or columns that hold no text in a form that TRL reads.
     """
     if not isinstance(rows, Dataset):
         raise ValueError(
@@ -33,6 +33,24 @@ def check_rows(rows: Any, name: str) -> None:
         )
     if not len(rows):
         raise ValueError(f"the {name} data is empty; give at least one row.")
+    columns = set(column_names(rows))
+    if not ({"prompt", "completion"} <= columns or columns & {"messages", "text", "input_ids"}):
+        raise ValueError(
+            f"the {name} data has the columns {sorted(columns)}; give prompt and completion, messages, or text (in "
+            f"YAML, data.{name}.format reads other forms)."
+        )
+
+
+def warn_of_cuts(rows: Any, name: str, max_length: int | None) -> None:
+    """Say how many prepared rows are as long as ``trainer.max_length``: what was cut off is not trained on."""
+    if max_length is None:
+        return
+    long = sum(len(ids) >= max_length for ids in rows["input_ids"])
+    if long:
+        logger.warning(
+            "%d of %d rows of the %s data reach trainer.max_length (%d tokens); what lies beyond is cut off, "
+            "neither forgotten nor retained.", long, len(rows), name, max_length,
+        )  # fmt: skip
 
 
 class RowsByRole(Host):
@@ -67,6 +85,9 @@ class RowsByRole(Host):
                 numbered: Any = number_rows(given[side])
                 rows = with_refusals(numbered, own[ROW_NUMBER], refusals, seed=seed)
                 parts[role] = _in_order(self._prepared(rows, role), own[ROW_NUMBER], role)
+        for role in ("forget", "retain"):
+            if parts[role] is not None:
+                warn_of_cuts(parts[role], role, args.max_length)
         kept = parts["retain"]
         shuffle = args.train_sampling_strategy != "sequential"
         counts = len(parts["forget"]), len(kept) if kept is not None else 0

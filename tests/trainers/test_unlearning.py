@@ -298,6 +298,11 @@ REFUSED = {
     "no reference": ({"reference": "none"}, {}, "reference"),
     "a cached reference": ({"reference": "cached"}, {}, "reference is cached, which cannot serve here: the objective "),
     "a stream": ({"retain_dataset": STREAM}, {}, "the retain data is a IterableDataset.*data.retain.streaming"),
+    "questions": (
+        {"forget_dataset": Dataset.from_list([{"question": "a", "answer": "b"}])},
+        {},
+        r"forget data has the columns \['answer', 'question'\]; give prompt and completion",
+    ),
     "no adapter": ({"reference": "adapter_off"}, {}, "no adapter"),
     "a teacher": ({"teacher": tiny.model(torch.float64)}, {}, "teacher"),
     "packing": ({}, {"packing": True, "max_length": 32}, "packing"),
@@ -311,6 +316,27 @@ def test_what_cannot_be_is_refused(tmp_path, what):
     given, options, message = REFUSED[what]
     with pytest.raises(ValueError, match=message):
         trainer({"forget": preference, "retain": kl}, tmp_path, options=options, **given)
+
+
+def test_a_warm_up_that_training_does_not_outlast_is_told(tmp_path, caplog):
+    objective = {"forget": npo, "retain": "nll", "combine": {"constraint": {"epsilon": 1.0, "warmup_epochs": 2}}}
+    for epochs, told in ((2, True), (3, False)):
+        caplog.clear()
+        made = trainer(objective, tmp_path, options={"num_train_epochs": epochs})
+        assert ("warmup_epochs is 2: the dual variable stays at 1" in caplog.text) is told
+        made.train()
+        assert (float(made.dual.value) == 1.0) is told
+
+
+def test_rows_that_are_cut_are_counted(tmp_path, caplog):
+    lengths = [len(row["prompt"]) + len(row["completion"]) + 1 for row in tiny.rows()]
+    limit = sorted(lengths)[-2]
+    trainer({"forget": "simnpo"}, tmp_path, options={"max_length": limit}, retain_dataset=None)
+    reached = sum(length >= limit for length in lengths)
+    assert f"{reached} of 8 rows of the forget data reach trainer.max_length ({limit} tokens)" in caplog.text
+    caplog.clear()
+    trainer({"forget": "simnpo"}, tmp_path, options={"max_length": max(lengths) + 1}, retain_dataset=None)
+    assert "max_length" not in caplog.text
 
 
 def test_there_is_no_evaluation_loss(tmp_path):
