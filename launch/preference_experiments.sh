@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Preference and binary feedback on the embedded base, without a name all three; and on real data with a checkpoint. Goes on
-# where it was stopped. Each of the first three takes about ten minutes on two quiet cores, real a few.
+# where it was stopped. Each of the first three takes about a quarter of an hour on two quiet cores, real a few minutes.
 #   launch/preference_experiments.sh [graded | binary | topics] ...
 #   POSTTRAIN_DATA=folder launch/preference_experiments.sh real CHECKPOINT
 # Runs and reports go to runs/preference; tables, plots and verdicts to launch/results/preference.
