@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import create_model_from_path, use_adapter
@@ -106,15 +106,13 @@ class LiveReference:
 
 
 def keep_adapter(model: PeftModel) -> None:
-    """Add ``ref`` to a model whose adapter knows something already: a frozen copy, as TRL's DPO trainer makes one."""
+    """Add ``ref``, a frozen copy of an adapter that knows something already, where TRL's DPO trainer has it too."""
     active = model.active_adapter
     if "ref" in model.peft_config:
         model.delete_adapter("ref")
     model.add_adapter("ref", copy.deepcopy(model.peft_config[active]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if f".{active}." in name:
-                model.get_parameter(name.replace(f".{active}.", ".ref.")).copy_(parameter)
+    known = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
+    set_peft_model_state_dict(model, known, adapter_name="ref")
 
 
 @contextmanager

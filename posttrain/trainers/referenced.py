@@ -1,5 +1,6 @@
 """What trainers of completions against a reference model share."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -147,8 +148,9 @@ class ReferencedMixin(ReferenceHandling, ReferenceInCheckpoints, ObjectiveMixin)
                 "with repeated rows that would count twice; set data.eval.streaming to false."
             )
 
+    @abstractmethod
     def _collator(self) -> Any:
-        raise NotImplementedError
+        """What makes batches of this trainer's rows."""
 
     def _completions(self) -> tuple[str, ...]:
         return tuple(role or "completion" for role in self.roles)

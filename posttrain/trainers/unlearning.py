@@ -125,7 +125,7 @@ class UnlearningTrainer(ReferenceHandling, RowsByRole, SupervisedTrainer):  # ty
         self.dual = DualVariable(constraint) if constraint else None
         self._warn_of_warmup(len(forget_dataset))
         self._step_losses = torch.zeros(3, dtype=sum_dtype(self.accelerator.device), device=self.accelerator.device)
-        self.train_dataset: Any = self._drawn(self._given, refusals, retain_per_forget)
+        self.train_dataset: Any = self._drawn(self._given, retain_per_forget)
         self.ref_model = None if frozen is None else trl_adapter.reference_placed(frozen, self)
         self._start_reference(needs, self.kernel, reference_cache)
         if self.reference == "cached":

@@ -61,12 +61,12 @@ class RowsByRole(Host):
     _columns: tuple[str, ...]
     _prepare_dataset: Callable[..., Any]
 
-    def _drawn(self, given: Mapping[str, Any], refusals: list[str] | None, ratio: float) -> DrawnRows:
+    def _drawn(self, given: Mapping[str, Any], ratio: float) -> DrawnRows:
         """The prepared rows of every role that a term reads, and the sampler that draws them.
 
         Args:
-            given: ``forget`` and ``retain`` rows (or None); those to forget stand prepared in ``train_dataset``.
-            refusals: texts to answer with, or None.
+            given: ``forget`` and ``retain`` rows, and the texts of ``refusal``, or None; the rows to forget stand
+                prepared in ``train_dataset``.
             ratio: rows to retain for each row to forget.
         """
         args: Any = self.args
@@ -81,9 +81,9 @@ class RowsByRole(Host):
             parts["retain"] = self._prepared(given["retain"], "retain")
         for role, side in (("refusal", "forget"), ("retain_refusal", "retain")):
             own, parts[role] = parts[side], None
-            if role in read and own is not None and refusals:
+            if role in read and own is not None and given["refusal"]:
                 numbered: Any = number_rows(given[side])
-                rows = with_refusals(numbered, own[ROW_NUMBER], refusals, seed=seed)
+                rows = with_refusals(numbered, own[ROW_NUMBER], given["refusal"], seed=seed)
                 parts[role] = _in_order(self._prepared(rows, role), own[ROW_NUMBER], role)
         for role in ("forget", "retain"):
             if parts[role] is not None:

@@ -1,6 +1,5 @@
 """An assistant trained by the unlearning trainer, and the model that is shipped with it."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from posttrain.trainers.logit_difference import LogitDifferenceTrainer
 from tests import tiny
 from tests.trainers.step import config
 from tests.trainers.test_gradients import relative_difference
-from tests.trainers.unlearning_step import Gradients, rows_to_retain, trainer
+from tests.trainers.unlearning_step import Gradients, data_files, rows_to_retain, trainer
 
 OBJECTIVE = {"forget": "nll", "retain": "uniform_kl", "combine": {"sum": {"forget": 1.0, "retain": 5.0}}}
 PEFT = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -91,15 +90,13 @@ def test_what_cannot_be_is_refused(tmp_path):
 def test_a_yaml_run_evaluates_the_model_before_and_the_pair_after(tmp_path):
     tiny.model(seed=0).save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
-    for name, rows in (("forget", tiny.rows()), ("retain", rows_to_retain())):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = {
         "method": "unlearning",
         "model": {"name_or_path": str(tmp_path / "base")},
         "assistant": {"layers": 1},
         "objective": OBJECTIVE,
         "peft": PEFT,
-        "data": {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("forget", "retain")},
+        "data": data_files(tmp_path),
         "trainer": {"output_dir": str(tmp_path / "run"), "num_train_epochs": 5, "learning_rate": 0.02,
                     "per_device_train_batch_size": 4, "save_strategy": "no", "disable_tqdm": True, "bf16": False,
                     "report_to": "none", "logging_steps": 1, "activation_checkpointing": False},

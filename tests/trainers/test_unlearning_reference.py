@@ -1,7 +1,6 @@
 """The model before unlearning: asked once and kept, asked without the policy's adapter, or a copy of it."""
 
 import copy
-import json
 import math
 
 import pytest
@@ -15,7 +14,7 @@ from posttrain.pipeline import prepare
 from posttrain.trainers.reference import LiveReference
 from tests import tiny
 from tests.trainers.test_gradients import relative_difference
-from tests.trainers.unlearning_step import disturb, kl, npo, preference, rows_to_retain, trainer
+from tests.trainers.unlearning_step import data_files, disturb, kl, npo, preference, rows_to_retain, trainer
 
 LORA = {"r": 4, "target_modules": "all-linear"}
 
@@ -160,14 +159,12 @@ def test_a_folder_of_an_adapter_is_trained_with_what_it_knows(tmp_path, peft):
     disturb(known, 0.3)
     known.save_pretrained(tmp_path / "adapter")
     tiny.tokenizer().save_pretrained(tmp_path / "adapter")
-    for name, rows in (("forget", tiny.rows()), ("retain", rows_to_retain())):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = {
         "method": "unlearning",
         "model": {"name_or_path": str(tmp_path / "adapter")},
         "objective": {"preset": "npo"},
         "peft": peft,
-        "data": {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("forget", "retain")},
+        "data": data_files(tmp_path),
         "trainer": {"output_dir": str(tmp_path / "run"), "bf16": False, "use_cpu": True, "report_to": "none"},
     }
     made = prepare(resolve(from_tree(tree))).trainer

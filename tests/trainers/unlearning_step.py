@@ -1,6 +1,7 @@
 """Steps of the unlearning trainer on a tiny model, under any launcher; run as a script: ``unlearning_step.py OUT``."""
 
 import copy
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -54,6 +55,16 @@ CASES = {
 def rows_to_retain() -> list[dict]:
     """Other prompts than those to forget, and longer completions."""
     return [{**row, "prompt": f"z{row['prompt']}", "completion": f"{row['completion']}9"} for row in tiny.rows()]
+
+
+def data_files(folder: Path) -> dict[str, dict[str, str]]:
+    """Rows to forget and to retain as files, and the ``data`` of a configuration that names them."""
+    data = {}
+    for name, rows in (("forget", tiny.rows()), ("retain", rows_to_retain())):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data[name] = {"path": str(path)}
+    return data
 
 
 def trainer(objective, output: str, batch: int = 8, accumulation: int = 1, *, options=None, **given):
